@@ -1,0 +1,167 @@
+"""`spark-ray`: the commands around a sweep. Thin: each calls one function and prints what it says."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from . import __version__, content, explain, image, rootfs, sweep
+from .store import Store
+from .terminal import configuration_words, show_summary
+from .units import format_bytes
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def command() -> None:
+    """Map where KV-cache capacity diverges between environments, and why."""
+
+
+command.add_command(sweep.command, "sweep")
+
+
+@command.command()
+@click.argument("experiment", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change one value of the experiment."
+)
+@click.option("--cluster", type=click.Path(path_type=Path), help="Cluster file whose slots the plan counts.")
+def plan(experiment: Path, overrides: tuple[str, ...], cluster: Path | None) -> int:
+    """Print everything a sweep would do, and do nothing."""
+    return sweep.run(experiment, overrides, sweep.Options(plan=True, cluster=cluster))
+
+
+@command.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--local", is_flag=True, help="Without Ray.")
+@click.option("--address", help="Join the Ray cluster at this address.")
+def resume(run: Path, local: bool, address: str | None) -> int:
+    """Finish exactly what is missing in RUN, with the experiment and the overrides it was begun with."""
+    store = Store.read(run)
+    options = sweep.Options(out=run, resume=True, local=local, address=address)
+    return sweep.run(run / "experiment.yaml", tuple(store.plan["overrides"]), options)
+
+
+@command.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status(run: Path, as_json: bool) -> None:
+    """Where RUN stands, from its records alone; also while it is being driven."""
+    store = Store.read(run)
+    states = [store.state(block) for block in store.blocks()]
+    budget = store.plan["experiment"]["search"].get("blocks", 16)
+    outcomes = Counter(record["outcome"]["kind"] for record in store.records() if not record["superseded"])
+    void = sum(record["superseded"] for record in store.records())
+    if as_json:
+        data = {
+            "blocks": budget,
+            "complete": sum(s.complete for s in states),
+            "outcomes": outcomes,
+            "superseded_attempts": void,
+        }
+        click.echo(json.dumps(data))
+        return
+    click.echo(f"{sum(s.complete for s in states)} of {budget} blocks complete; {void} superseded attempts")
+    for kind, count in sorted(outcomes.items()):
+        click.echo(f"  {kind}: {count}")
+    for state in states:
+        if not state.complete:
+            words = configuration_words(state.block.configuration)
+            click.echo(f"  open: {state.block.block_id} ({words}), {state.attempts} execution(s) begun")
+
+
+@command.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def report(run: Path, as_json: bool) -> None:
+    """Write RUN's tables and report again from its records."""
+    from analysis import report as writer
+
+    store = Store.read(run)
+    summary = writer.write(store.folder)
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        show_summary(Console(), summary, str(store.folder / "report.html"))
+
+
+@command.command()
+def schema() -> None:
+    """Print the JSON Schema of an experiment, for editors."""
+    click.echo(json.dumps(explain.json_schema(), indent=2))
+
+
+# ---- rootfs and image -------------------------------------------------------------------------------------
+
+
+@command.group("rootfs")
+def rootfs_group() -> None:
+    """Trees that chroot arms run in, and that images are made from."""
+
+
+def _describe(tree: rootfs.Rootfs) -> None:
+    click.echo(f"rootfs  {tree.path}\nsha256  {tree.sha256}\npython  {tree.python}")
+    for mount in tree.mounts:
+        click.echo(f"bind    {mount.source}{' (read-only)' if mount.read_only else ''}")
+
+
+@rootfs_group.command("build")
+@click.option(
+    "--debootstrap",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Make a Debian tree in this folder instead.",
+)
+@click.option("--suite", default="bookworm", show_default=True, help="Debian release for --debootstrap.")
+def rootfs_build(folder: Path | None, suite: str) -> None:
+    """Make the host rootfs: a minimal tree with this interpreter and virtual environment bound read-only."""
+    _describe(
+        rootfs.debootstrap(folder, suite) if folder else rootfs.build_host(content.cache_folder() / "rootfs")
+    )
+
+
+@rootfs_group.command("extract")
+@click.argument("reference", metavar="IMAGE")
+@click.argument("folder", type=click.Path(path_type=Path))
+def rootfs_extract(reference: str, folder: Path) -> None:
+    """Unpack a local IMAGE into FOLDER, with its environment and entrypoint, for chroot arms."""
+    console = Console(stderr=True)
+    client = image.connect()
+    try:
+        with console.status("extracting") as shown:
+            tree = rootfs.extract(
+                client, reference, folder, lambda done: shown.update(f"extracting {format_bytes(done)}")
+            )
+    finally:
+        client.close()
+    _describe(tree)
+
+
+@command.group("image")
+def image_group() -> None:
+    """Docker images made from a rootfs."""
+
+
+@image_group.command("build")
+@click.option("--rootfs", "folder", type=_FOLDER, help="The tree; default: the host rootfs.")
+@click.option("--tag", help="Name of the image; default: spark_ray/rootfs:HASH.")
+def image_build(folder: Path | None, tag: str | None) -> None:
+    """Make the Docker image of a tree, without a registry."""
+    tree = rootfs.load(folder) if folder else rootfs.build_host(content.cache_folder() / "rootfs")
+    client = image.connect()
+    try:
+        made = image.build(client, tree, tag)
+    finally:
+        client.close()
+    click.echo(f"image   {made.reference}\nid      {made.id}\nrootfs  {made.rootfs_sha256}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The console script."""
+    return sweep.call(command, arguments)

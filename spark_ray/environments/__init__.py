@@ -1,0 +1,125 @@
+"""Ways of starting the same worker. An environment is data: it says how, and starts nothing.
+
+Every environment module answers three questions, each by a pure function:
+`problems(spec, offer)` what is missing here, `start(spec, site)` how the worker is started, and
+`contradictions(spec, site, inside, outside)` whether the evidence says that it ran elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..experiment import ChrootEnvironment, DockerEnvironment, NativeEnvironment
+
+ATTEMPT_INSIDE = "/spark_ray/attempt"
+BUNDLE_INSIDE = "/spark_ray/bundle"
+MODEL_INSIDE = "/spark_ray/model"
+
+PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+"""The only variables of the host that reach a worker which uses the host's own libraries."""
+
+EnvironmentSpec = NativeEnvironment | ChrootEnvironment | DockerEnvironment
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something missing, and the command or change that mends it."""
+
+    what: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.what} (mend: {self.mend})"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What this host offers, probed once."""
+
+    root_acts: str | None  # None: available; else why not
+    docker: str | None  # None: the daemon answers; else why not
+    docker_mend: str = "start the Docker service"
+    memory_total_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the worker runs on: the interpreter, and the tree and image behind an isolated environment."""
+
+    python: str
+    variables: dict[str, str] = field(default_factory=dict)
+    entrypoint: tuple[str, ...] = ()
+    root: str | None = None
+    mounts: tuple[tuple[str, str, bool], ...] = ()  # source, target, read-only
+    image_id: str | None = None
+    sha256: str | None = None  # of the tree; bound content has its own
+    bound_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything one start needs to know."""
+
+    attempt: Path
+    bundle: Path
+    model: Path | None
+    content: Content
+    label: str  # trial id and attempt
+    run_label: str  # the run folder
+    uid: int
+    gid: int
+    root_argv: tuple[str, ...] = ()  # how a root act is called: helper script, with sudo in front if needed
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a worker is started: a host process, or a container to be made by the engine's API."""
+
+    argv: tuple[str, ...]
+    variables: dict[str, str]
+    folder: str  # the attempt folder as the worker sees it
+    model: str | None  # likewise
+    container: dict[str, Any] | None = None
+    enter: dict[str, Any] | None = None  # specification for the `enter` root act, written beside the request
+
+
+def worker_variables(bundle: str, content: Content, label: str) -> dict[str, str]:
+    """The worker's whole environment: nothing of the caller's leaks in but what is named here."""
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/tmp",  # noqa: S108  the worker's own; in a container and a chroot it is private
+        "LANG": "C.UTF-8",
+        **content.variables,
+        "PYTHONPATH": bundle,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "SPARK_RAY_TRIAL": label,
+    }
+
+
+def worker_argv(content: Content, folder: str) -> tuple[str, ...]:
+    return (*content.entrypoint, content.python, "-m", "spark_ray_worker", folder)
+
+
+def module_of(spec: EnvironmentSpec) -> Any:
+    """The module that answers for a kind of environment."""
+    from . import chroot, docker, native
+
+    match spec:
+        case NativeEnvironment():
+            return native
+        case ChrootEnvironment():
+            return chroot
+        case DockerEnvironment():
+            return docker
+
+
+def common_contradictions(inside: dict[str, Any], outside: dict[str, Any], bundle_sha256: str) -> list[str]:
+    """What must hold anywhere: same worker, and both sides describe the same process."""
+    found = []
+    if inside.get("bundle_sha256") != bundle_sha256:
+        found.append("the worker's files differ from the run's bundle")
+    if "root" in outside and inside.get("root") != outside["root"]:
+        found.append(f"the worker saw root {inside.get('root')}, the host sees {outside['root']} for it")
+    return found

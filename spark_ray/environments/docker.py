@@ -1,0 +1,111 @@
+"""The worker as the first process of a container, made through the Docker Engine API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..experiment import DockerEnvironment
+from . import (
+    ATTEMPT_INSIDE,
+    BUNDLE_INSIDE,
+    MODEL_INSIDE,
+    Offer,
+    Problem,
+    Site,
+    Start,
+    worker_argv,
+    worker_variables,
+)
+
+LABEL_RUN = "spark_ray.run"
+LABEL_TRIAL = "spark_ray.trial"
+
+
+def problems(spec: DockerEnvironment, offer: Offer) -> list[Problem]:
+    found = []
+    if offer.docker is not None:
+        found.append(Problem(offer.docker, offer.docker_mend))
+    if spec.memory is not None and offer.memory_total_bytes and spec.memory > offer.memory_total_bytes:
+        found.append(Problem("the memory limit is above this host's memory", "lower environment.memory"))
+    return found
+
+
+def host_config(spec: DockerEnvironment, site: Site) -> dict[str, Any]:
+    """Arguments of docker's create_host_config: each key of the YAML is one flag."""
+    binds = {
+        str(site.attempt): {"bind": ATTEMPT_INSIDE, "mode": "rw"},
+        str(site.bundle): {"bind": BUNDLE_INSIDE, "mode": "ro"},
+    }
+    if site.model:
+        binds[str(site.model)] = {"bind": MODEL_INSIDE, "mode": "ro"}
+    for source, target, read_only in site.content.mounts:
+        binds[source] = {"bind": target, "mode": "ro" if read_only else "rw"}
+    config: dict[str, Any] = {
+        "binds": binds,
+        "network_mode": spec.network,
+        "read_only": spec.read_only,
+        "tmpfs": {"/tmp": "exec"},  # noqa: S108  inside the container
+        "privileged": spec.privileged,
+        "auto_remove": False,  # a removed container cannot be asked whether it was killed for memory
+    }
+    if spec.no_new_privileges and not spec.privileged:
+        config["security_opt"] = ["no-new-privileges"]
+    if not spec.privileged:
+        config["cap_drop"] = list(spec.cap_drop)
+    optional = {
+        "mem_limit": spec.memory,
+        "memswap_limit": spec.memory_swap if spec.memory_swap is not None else spec.memory,
+        "shm_size": spec.shm_size,
+        "ipc_mode": spec.ipc,
+        "pid_mode": spec.pid,
+        "cpuset_cpus": spec.cpuset_cpus,
+        "cgroup_parent": spec.cgroup_parent,
+        "cap_add": list(spec.cap_add) or None,
+    }
+    config |= {name: value for name, value in optional.items() if value is not None}
+    return config
+
+
+def start(spec: DockerEnvironment, site: Site) -> Start:
+    variables = worker_variables(BUNDLE_INSIDE, site.content, site.label)
+    argv = worker_argv(site.content, ATTEMPT_INSIDE)
+    container = {
+        "image": site.content.image_id,
+        "command": list(argv[len(site.content.entrypoint) :]),  # the image keeps its own entrypoint
+        "environment": variables,
+        "user": f"{site.uid}:{site.gid}",
+        "working_dir": "/",
+        "labels": {LABEL_RUN: site.run_label, LABEL_TRIAL: site.label},
+        "host_config": host_config(spec, site),
+        "ulimits": dict(spec.ulimits),
+        "gpus": spec.gpus,
+    }
+    return Start(
+        argv=argv,
+        variables=variables,
+        folder=ATTEMPT_INSIDE,
+        model=MODEL_INSIDE if site.model else None,
+        container=container,
+    )
+
+
+def contradictions(
+    spec: DockerEnvironment,
+    site: Site,  # noqa: ARG001
+    inside: dict[str, Any],  # noqa: ARG001
+    outside: dict[str, Any],
+) -> list[str]:
+    host, found = outside["host"], []
+    container_id = outside["container_id"]
+    if not any(container_id in line for line in outside["cgroup"]):
+        found.append(f"no cgroup of the process names container {container_id[:12]}")
+    spaces = outside["namespaces"]
+    kinds = {"mnt"} | ({"pid"} if spec.pid is None else set())
+    found += [
+        f"the {kind} namespace is the host's own"
+        for kind in sorted(kinds)
+        if spaces.get(kind) == host["namespaces"].get(kind)
+    ]
+    if outside.get("root") == host["root"]:
+        found.append("root is the host's own")
+    return found

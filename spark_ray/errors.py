@@ -1,0 +1,52 @@
+"""Every way the framework itself can stop, with its exit code.
+
+A failed *trial* is a row in the results, never an exception. These are for the framework: bad input, a host
+that cannot do what was asked, a run that must not go on. Each message says what, where and what to do.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+EXIT_UNAVAILABLE = 3
+EXIT_TOO_MANY_FAILURES = 4
+EXIT_WATCHDOG = 5
+EXIT_INTERRUPTED = 130
+
+
+class SparkRayError(Exception):
+    """An error the user can act on. `mend` is the command or the change that helps."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, mend: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  mend: {self.mend}" if self.mend else self.message
+
+
+class InputError(SparkRayError):
+    """The experiment, the cluster file or an option is wrong."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class UnavailableError(SparkRayError):
+    """A required environment, engine or host capability is missing here."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class RunError(SparkRayError):
+    """The run folder cannot be used: locked, changed, broken, disk full."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class WatchdogStop(SparkRayError):
+    """The host ran so low on memory that going on would risk wedging it."""
+
+    exit_code = EXIT_WATCHDOG

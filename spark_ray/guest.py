@@ -1,0 +1,223 @@
+"""A running worker, seen from the host: one interface for a host process and for a container.
+
+`control` is a file descriptor to poll; `read` gives what the worker wrote on its control channel; `answer` lets it
+go on. `end` kills whatever is left and says how it ended. Closing the host side ends the worker by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from .environments import Start
+
+
+class StartError(Exception):
+    """The environment refused to start the worker."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a worker ended: 128 + n after signal n; None when nobody can say."""
+
+    exit_code: int | None
+    details: dict[str, Any]
+
+
+class Guest(Protocol):
+    control: int
+
+    def read(self) -> bytes: ...
+    def answer(self) -> None: ...
+    def pid_of(self, told: int) -> int: ...
+    def identity(self) -> dict[str, Any]: ...
+    def kill(self) -> None: ...
+    def end(self) -> Ended: ...
+
+
+def _signal_to_code(code: int) -> int:
+    return 128 - code if code < 0 else code
+
+
+class ProcessGuest:
+    """A host process (native, chroot) in its own session; standard error goes straight to the log."""
+
+    def __init__(self, start: Start, log: Path) -> None:
+        with log.open("ab") as stream:
+            try:
+                self._process = subprocess.Popen(
+                    start.argv, env=start.variables, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=stream, bufsize=0, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                raise StartError(f"{start.argv[0]}: {error.strerror}") from error
+        assert self._process.stdout is not None  # noqa: S101  piped above
+        self._out: IO[bytes] = self._process.stdout
+        self.control = self._out.fileno()
+
+    def read(self) -> bytes:
+        return os.read(self.control, 65536)
+
+    def answer(self) -> None:
+        assert self._process.stdin is not None  # noqa: S101
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"go\n")
+
+    def pid_of(self, told: int) -> int:
+        return told
+
+    def identity(self) -> dict[str, Any]:
+        return {"pid": self._process.pid}
+
+    def kill(self) -> None:
+        """Kill the supervisor: its worker follows by parent-death signal, the rest of the session by the group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> Ended:
+        """Collect the status; what may be left of the session is killed.
+
+        Standard input stays open until then: closing it tells the supervisor that the host is gone, and a worker
+        that has just closed its control channel is not yet a dead one.
+        """
+        assert self._process.stdin is not None  # noqa: S101
+        code: int | None = None
+        for patience_s in (10, 30):
+            try:
+                code = _signal_to_code(self._process.wait(timeout=patience_s))
+                break
+            except subprocess.TimeoutExpired:  # after the second: in the kernel, uninterruptible
+                self.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self.kill()
+        self._out.close()
+        return Ended(code, {})
+
+
+class ContainerGuest:
+    """A container with our labels. Its removal is certain once `end` has run; until then nothing removes it."""
+
+    def __init__(self, start: Start, log: Path, client: Any) -> None:
+        assert start.container is not None  # noqa: S101
+        self._log = log
+        self._api = client.api
+        self._errors = _docker_errors()
+        self._buffer = b""
+        self._killed = False
+        try:
+            self.container_id = self._create(start.container)
+        except self._errors as error:
+            raise StartError(_explain(error)) from error
+        try:
+            stream = self._api.attach_socket(
+                self.container_id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+            )
+            self._keep = stream  # owns the descriptor
+            self._socket: socket.socket = getattr(stream, "_sock", stream)
+            self._api.start(self.container_id)
+        except self._errors as error:
+            self._remove()
+            raise StartError(_explain(error)) from error
+        self._socket.setblocking(True)
+        self.control = self._socket.fileno()
+
+    def _create(self, container: dict[str, Any]) -> str:
+        from docker.types import DeviceRequest, Ulimit
+
+        config = dict(container["host_config"])
+        if container["ulimits"]:
+            config["ulimits"] = [
+                Ulimit(name=name, soft=value, hard=value) for name, value in container["ulimits"].items()
+            ]
+        if container["gpus"]:
+            config["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
+        # detach=False sets StdinOnce: when our connection ends, so does the worker's standard input.
+        created = self._api.create_container(
+            container["image"], command=container["command"], environment=container["environment"],
+            user=container["user"], working_dir=container["working_dir"], labels=container["labels"],
+            stdin_open=True, detach=False, tty=False, host_config=self._api.create_host_config(**config),
+            network_disabled=False,
+        )  # fmt: skip
+        return str(created["Id"])
+
+    def read(self) -> bytes:
+        """Control lines from standard output; standard error goes to the log. Frames have an 8-byte header."""
+        piece = self._socket.recv(65536)
+        if not piece:
+            return b""
+        self._buffer += piece
+        out = b""
+        while len(self._buffer) >= 8:
+            kind, size = struct.unpack(">BxxxL", self._buffer[:8])
+            if len(self._buffer) < 8 + size:
+                break
+            payload, self._buffer = self._buffer[8 : 8 + size], self._buffer[8 + size :]
+            if kind == 2:
+                with self._log.open("ab") as stream:
+                    stream.write(payload)
+            else:
+                out += payload
+        return out or b"\n"
+
+    def answer(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.sendall(b"go\n")
+
+    def pid_of(self, told: int) -> int:  # noqa: ARG002  the worker only knows its number inside
+        from .worker.observe import descendants
+
+        first = int(self._api.inspect_container(self.container_id)["State"]["Pid"])
+        if first == 0:
+            raise ProcessLookupError
+        return descendants(first)[-1]  # the supervisor's only child
+
+    def identity(self) -> dict[str, Any]:
+        return {"container_id": self.container_id}
+
+    def kill(self) -> None:
+        self._killed = True
+        with contextlib.suppress(*self._errors):
+            self._api.kill(self.container_id)
+
+    def end(self) -> Ended:
+        """Status and OOMKilled, then removal."""
+        details: dict[str, Any] = {"container_id": self.container_id}
+        code: int | None = None
+        try:
+            try:
+                self._api.wait(self.container_id, timeout=10)
+            except Exception:  # noqa: BLE001  requests raises several kinds for a timeout
+                self.kill()
+                self._api.wait(self.container_id, timeout=30)
+            state = self._api.inspect_container(self.container_id)["State"]
+            code = int(state["ExitCode"])
+            details |= {"oom_killed": bool(state["OOMKilled"]), "error": state.get("Error", "")}
+        except Exception as error:  # noqa: BLE001  the daemon may be gone: the attempt is then void, not the run
+            details["inspect_error"] = _explain(error)
+        self._remove()
+        with contextlib.suppress(OSError):
+            self._keep.close()
+        return Ended(code, details)
+
+    def _remove(self) -> None:
+        with contextlib.suppress(*self._errors):
+            self._api.remove_container(self.container_id, force=True)
+
+
+def _docker_errors() -> tuple[type[BaseException], ...]:
+    import docker.errors
+    import requests
+
+    return (docker.errors.DockerException, requests.exceptions.RequestException)
+
+
+def _explain(error: BaseException) -> str:
+    return str(getattr(error, "explanation", None) or error)

@@ -1,0 +1,177 @@
+"""The outside view: what this host is, and counters read from outside while a guest runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .worker import evidence, observe
+
+SAMPLE_INTERVAL_S = 0.05
+SAMPLE_FIELDS = (
+    "monotonic_s",
+    "mem_free_bytes",
+    "mem_available_bytes",
+    "cached_bytes",
+    "shmem_bytes",
+    "per_cpu_free_bytes",
+    "cgroup_usage_bytes",
+)
+
+
+def identity() -> dict[str, Any]:
+    """This host's own root and namespaces, to compare a guest's with."""
+    return {"root": evidence.root_identity("/"), "namespaces": evidence.namespaces()}
+
+
+def describe() -> dict[str, Any]:
+    """What the host is: for the fingerprint."""
+    info = observe.meminfo()
+    return {
+        "hostname": socket.gethostname(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "cpu_model": _cpu_model(),
+        "memory_total_bytes": info["MemTotal"],
+        "swap_total_bytes": info.get("SwapTotal", 0),
+        "cgroup_version": observe.cgroup_path("self")[0],
+        "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "overcommit_memory": _read("/proc/sys/vm/overcommit_memory"),
+        "gpus": gpus(),
+    }
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.split(":", 1)[1].strip()
+    return None
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, uuid and driver of each NVIDIA GPU; empty where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            {"name": pynvml.nvmlDeviceGetName(h), "uuid": pynvml.nvmlDeviceGetUUID(h), "driver": driver}
+            for h in handles
+        ]
+    except pynvml.NVMLError as error:
+        return [{"error": str(error)}]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def oom_kills() -> int:
+    """Kernel out-of-memory kills since boot, any group."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def releasable_bytes() -> int:
+    """Memory that is free or will be without anyone giving it up: MemAvailable plus the per-CPU lists."""
+    try:
+        waiting = observe.per_cpu_free_bytes()
+    except OSError:
+        waiting = 0
+    return observe.meminfo()["MemAvailable"] + waiting
+
+
+@dataclass(frozen=True)
+class Wait:
+    """How a wait for memory ended."""
+
+    reached: bool
+    waited_s: float
+    wanted_bytes: int
+    found_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "reached": self.reached,
+            "waited_s": self.waited_s,
+            "wanted_bytes": self.wanted_bytes,
+            "found_bytes": self.found_bytes,
+        }
+
+
+def wait_for_memory(wanted_bytes: int, longest_s: float, stopped: Callable[[], bool]) -> Wait:
+    """Wait until `releasable_bytes` is at least `wanted_bytes`. Gate on memory, never on "the container is gone"."""
+    started = time.monotonic()
+    while True:
+        found = releasable_bytes()
+        waited = time.monotonic() - started
+        if found >= wanted_bytes or waited >= longest_s or stopped():
+            return Wait(found >= wanted_bytes, waited, wanted_bytes, found)
+        time.sleep(0.05)
+
+
+class Sampler:
+    """Cheap counters every 50 ms into memory; written down after the guest has ended. Counts its own CPU time."""
+
+    def __init__(self, pid: int | None) -> None:
+        self.rows: list[tuple[float | int | None, ...]] = []
+        self.cpu_s = 0.0
+        self._usage = self._usage_file(pid) if pid else None
+
+    @staticmethod
+    def _usage_file(pid: int) -> Path | None:
+        try:
+            version, path = observe.cgroup_path(pid)
+        except OSError:
+            return None
+        top, name = (
+            (observe.CGROUP / "memory", "memory.usage_in_bytes")
+            if version == 1
+            else (observe.CGROUP, "memory.current")
+        )
+        file = top / path.lstrip("/") / name
+        return file if file.is_file() else None
+
+    def take(self) -> int:
+        """One row; returns MemAvailable in bytes."""
+        started = time.thread_time()
+        info = observe.meminfo()
+        try:
+            waiting: int | None = observe.per_cpu_free_bytes()
+        except OSError:
+            waiting = None
+        try:
+            usage = int(self._usage.read_text()) if self._usage else None
+        except OSError:
+            usage = None
+        row = (
+            time.monotonic(),
+            info["MemFree"],
+            info["MemAvailable"],
+            info["Cached"],
+            info["Shmem"],
+            waiting,
+            usage,
+        )
+        self.rows.append(row)
+        self.cpu_s += time.thread_time() - started
+        return info["MemAvailable"]

@@ -1,0 +1,178 @@
+"""The Docker engine's client, and images made from rootfs trees. Nothing here ever pulls."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.errors import APIError, DockerException, ImageNotFound
+from docker.utils import parse_repository_tag
+
+from .errors import InputError, UnavailableError
+from .rootfs import Rootfs, walk
+
+LABEL = "spark_ray.rootfs_sha256"
+REPOSITORY = "spark_ray/rootfs"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image present in the engine. `rootfs_sha256` is known when the image was made from a rootfs here."""
+
+    id: str
+    reference: str
+    rootfs_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """An image and what it says about how a program in it is started."""
+
+    image: Image
+    env: dict[str, str]
+    entrypoint: tuple[str, ...]
+    cwd: str
+
+
+# ---- the client -------------------------------------------------------------------------------------------
+
+
+def connect(timeout_s: int = 60) -> Any:
+    """A client of the engine that DOCKER_HOST or the current docker context names; it has answered once."""
+    try:
+        client = docker.from_env(timeout=timeout_s)
+        client.ping()
+    except (DockerException, OSError) as error:
+        raise _unreachable(error) from error
+    return client
+
+
+def _unreachable(error: BaseException) -> UnavailableError:
+    """What keeps us from the engine, in the user's words."""
+    where = os.environ.get("DOCKER_HOST", "its usual socket")
+    causes = list(_causes(error))
+    text = " ".join(str(cause) for cause in causes)
+    if any(isinstance(cause, PermissionError) for cause in causes):
+        return UnavailableError(
+            f"this user may not talk to the Docker engine at {where}",
+            mend="sudo usermod -aG docker $USER, then log in again",
+        )
+    if isinstance(error, docker.errors.InvalidVersion) or "client version" in text or "ApiVersion" in text:
+        return UnavailableError(
+            f"the docker package {docker.__version__} and the Docker engine at {where} do not understand each "
+            f"other: {error}",
+            mend="pip install --upgrade docker, or update the Docker engine",
+        )
+    return UnavailableError(
+        f"no Docker engine answers at {where}: {error}",
+        mend="sudo systemctl start docker (or set DOCKER_HOST to where it listens)",
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The chain of an exception; requests hands some causes on as arguments only."""
+    while error is not None:
+        yield error
+        for argument in error.args:
+            if isinstance(argument, BaseException):
+                yield from _causes(argument)
+        error = error.__cause__ or error.__context__
+
+
+# ---- images -----------------------------------------------------------------------------------------------
+
+
+def inspect(client: Any, reference: str) -> Inspected:
+    """What the engine knows about an image it has. A missing one is an error: it is never pulled."""
+    try:
+        found = client.images.get(reference)
+    except ImageNotFound:
+        raise UnavailableError(
+            f"the Docker engine has no image {reference}; spark_ray never pulls one",
+            mend=f"docker pull {reference}  (by your own hand)",
+        ) from None
+    except APIError as error:
+        raise InputError(f"{reference!r} cannot be an image: {error.explanation}") from None
+    config = found.attrs.get("Config") or {}
+    labels = config.get("Labels") or {}
+    return Inspected(
+        image=Image(id=found.id, reference=reference, rootfs_sha256=labels.get(LABEL)),
+        env=dict(entry.split("=", 1) for entry in config.get("Env") or () if "=" in entry),
+        entrypoint=tuple(config.get("Entrypoint") or ()),
+        cwd=config.get("WorkingDir") or "/",
+    )
+
+
+def build(client: Any, rootfs: Rootfs, tag: str | None = None) -> Image:
+    """The image of a rootfs: its tree as one layer, with its environment and entrypoint. Reused when present."""
+    reference = tag or f"{REPOSITORY}:{rootfs.sha256[:16]}"
+    if present := _present(client, rootfs, reference):
+        return present
+    repository, version = parse_repository_tag(reference)
+    answer = client.api.import_image_from_stream(
+        _tar(rootfs.path), repository=repository, tag=version or "latest", changes=_changes(rootfs)
+    )
+    for line in answer.splitlines():
+        if (said := json.loads(line)) and "error" in said:
+            raise UnavailableError(f"the Docker engine refused the rootfs {rootfs.path}: {said['error']}")
+    return inspect(client, reference).image
+
+
+def _present(client: Any, rootfs: Rootfs, reference: str) -> Image | None:
+    try:
+        found = inspect(client, reference)
+    except UnavailableError:
+        return None
+    same_start = (found.env, found.entrypoint, found.cwd) == (rootfs.env, rootfs.entrypoint, rootfs.cwd)
+    return found.image if same_start and found.image.rootfs_sha256 == rootfs.sha256 else None
+
+
+def _changes(rootfs: Rootfs) -> list[str]:
+    """The image's settings as Dockerfile lines, which is how the import call takes them."""
+    if bad := [name for name, value in rootfs.env.items() if "\n" in value]:
+        raise InputError(f"an image cannot hold a line break in an environment variable: {', '.join(bad)}")
+    return [
+        f"LABEL {LABEL}={rootfs.sha256}",
+        f"WORKDIR {rootfs.cwd}",
+        *(f"ENV {name}={_quoted(value)}" for name, value in rootfs.env.items()),
+        *([f"ENTRYPOINT {json.dumps(rootfs.entrypoint)}"] if rootfs.entrypoint else []),
+    ]
+
+
+def _quoted(value: str) -> str:
+    for special in ("\\", '"', "$"):
+        value = value.replace(special, "\\" + special)
+    return f'"{value}"'
+
+
+def _tar(tree: Path) -> Iterator[bytes]:
+    """The tree as a tar stream, made while it is sent; equal trees give equal bytes."""
+    with tarfile.open(
+        fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT
+    ) as archive:  # knows hard links
+        for name, _ in walk(tree):
+            info = archive.gettarinfo(tree / name, arcname=name)
+            info.mtime, info.uname, info.gname = 0, "", ""
+            yield info.tobuf(tarfile.PAX_FORMAT)
+            if info.isreg():
+                yield from _padded(tree / name, info.size)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _padded(path: Path, size: int) -> Iterator[bytes]:
+    left = size
+    with path.open("rb") as file:
+        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            left -= len(chunk)
+            yield chunk
+    if left:
+        raise InputError(f"{path} became shorter while it was read")
+    yield bytes(-size % tarfile.BLOCKSIZE)

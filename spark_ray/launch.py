@@ -1,0 +1,291 @@
+"""One attempt: prepare the host, start the worker, look at it from outside, end it, write its record.
+
+Nothing is decided here but when to stop; what it means is `outcome.derive`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import select
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import __version__, environments, host, outcome, treatments
+from .environments import EnvironmentSpec, Site
+from .experiment import Limits
+from .guest import ContainerGuest, Ended, Guest, ProcessGuest, StartError
+from .store import RECORD, RECORD_VERSION, write_durably
+from .worker import evidence, observe, protocol
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about one attempt that was decided before it starts."""
+
+    folder: Path
+    trial: dict[str, Any]  # run, block_id, trial_id, arm, attempt, position, configuration, repetition, slot
+    engine: dict[str, Any]
+    workload: dict[str, Any]
+    environment: EnvironmentSpec
+    site: Site
+    treatment: dict[str, Any]  # effective
+    limits: Limits
+    bundle_sha256: str
+    seed: int
+
+
+@dataclass
+class _Watch:
+    """What was seen from outside while the guest ran."""
+
+    observations: list[dict[str, Any]] = field(default_factory=list)
+    outside: dict[str, Any] = field(default_factory=dict)
+    contradictions: list[str] = field(default_factory=list)
+    at_sizing: dict[str, Any] | None = None
+    stopped_by: str | None = None
+    pid: int | None = None
+    sampler: host.Sampler | None = None
+    noise: bytes = b""  # what the image's entrypoint and the like printed
+
+
+class Launcher:
+    """Launches attempts on one slot, one at a time."""
+
+    def __init__(self, treater: treatments.Treatments, docker_client: Any | None) -> None:
+        self._treater = treater
+        self._docker = docker_client
+        self._host = host.identity()
+        self._wanted_bytes: int | None = None
+        self.stop = threading.Event()
+
+    # -- one attempt --------------------------------------------------------------------------------------
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Execute one attempt and return its record, which is durable by then."""
+        times = {"started_at": datetime.now(UTC).isoformat()}
+        started = time.monotonic()
+        wait = self._wait_for_memory(job.limits)
+        start = environments.module_of(job.environment).start(job.environment, job.site)
+        treated = self._treater.apply(job.treatment)
+        self._write_request(job, start)
+        before = observe.observe("before_launch", with_tree=False)
+        self._wanted_bytes = (
+            before["meminfo"]["MemAvailable"]
+            + before.get("per_cpu_free_bytes", 0)
+            - job.limits.memory_tolerance
+        )
+        watch, ended, start_error = _Watch(observations=[before]), Ended(None, {}), None
+        kills_before = host.oom_kills()
+        try:
+            guest = self._start(job, start)
+        except StartError as error:
+            start_error = str(error)
+        else:
+            try:
+                self._follow(guest, job, watch)
+            finally:
+                ended = guest.end()
+        kills = max(host.oom_kills() - kills_before, int(bool(ended.details.get("oom_killed"))))
+        self._treater.undo()
+        watch.observations.append(observe.observe("after_exit", with_tree=False))
+        result, result_error = read_result(job)
+        if watch.noise.strip():
+            with (job.folder / "worker.log").open("ab") as stream:
+                stream.write(watch.noise)
+        facts = outcome.Facts(
+            result=result,
+            result_error=result_error,
+            exit_code=ended.exit_code,
+            oom_kills=kills,
+            stopped_by=watch.stopped_by,
+            not_reached=_not_reached(wait, treatments.not_held(job.treatment, watch.at_sizing)),
+            contradictions=(*watch.contradictions, *self._inside_contradictions(job, watch, result)),
+            start_error=start_error,
+        )
+        times |= {"ended_at": datetime.now(UTC).isoformat()}
+        seen = {
+            "observations": watch.observations, "outside": watch.outside, "at_sizing": watch.at_sizing, "wait": wait.as_dict(),
+            "treatment": treated, "exit_code": ended.exit_code, "end": ended.details, "oom_kills": kills,
+            "stopped_by": watch.stopped_by, "duration_s": time.monotonic() - started, "samples": self._save_samples(job, watch),
+        }  # fmt: skip
+        protocol.write_json(job.folder / "host.json", seen)
+        return self._record(job, start, seen, times, result, outcome.derive(facts))
+
+    def _wait_for_memory(self, limits: Limits) -> host.Wait:
+        wanted = self._wanted_bytes if self._wanted_bytes is not None else 0
+        return host.wait_for_memory(wanted, limits.memory_wait, self.stop.is_set)
+
+    def _write_request(self, job: Job, start: environments.Start) -> None:
+        request = {
+            "protocol_version": protocol.PROTOCOL_VERSION,
+            "trial_id": job.trial["trial_id"],
+            "attempt": job.trial["attempt"],
+            "arm": job.trial["arm"],
+            "engine": job.engine,
+            "configuration": job.trial["configuration"],
+            "workload": job.workload,
+            "model_path": start.model,
+            "bundle_sha256": job.bundle_sha256,
+            "seed": job.seed,
+        }
+        protocol.write_json(job.folder / "request.json", request)
+        protocol.write_json(job.folder / "command.json", dataclasses.asdict(start))
+        if start.enter is not None:
+            protocol.write_json(job.folder / "enter.json", start.enter)
+
+    def _start(self, job: Job, start: environments.Start) -> Guest:
+        log = job.folder / "worker.log"
+        if start.container is not None:
+            return ContainerGuest(start, log, self._docker)
+        return ProcessGuest(start, log)
+
+    # -- while it runs ------------------------------------------------------------------------------------
+
+    def _follow(self, guest: Guest, job: Job, watch: _Watch) -> None:
+        """Answer the worker at its phases, sample between them, stop it when it must be stopped."""
+        deadline = time.monotonic() + job.limits.trial_timeout
+        poll = select.poll()
+        poll.register(guest.control, select.POLLIN | select.POLLHUP)
+        watch.sampler = host.Sampler(None)
+        pending = b""
+        while True:
+            if poll.poll(int(host.SAMPLE_INTERVAL_S * 1000)):
+                piece = guest.read()
+                if not piece:
+                    return
+                *lines, pending = (pending + piece).split(b"\n")
+                for line in lines:
+                    self._hear(line, guest, job, watch)
+            available = watch.sampler.take()
+            if available < job.limits.watchdog:
+                watch.stopped_by = "watchdog"
+            elif self.stop.is_set():
+                watch.stopped_by = "interrupt"
+            elif time.monotonic() > deadline:
+                watch.stopped_by = "deadline"
+            if watch.stopped_by:
+                guest.kill()
+                return
+
+    def _hear(self, line: bytes, guest: Guest, job: Job, watch: _Watch) -> None:
+        words = line.decode(errors="replace").split()
+        if not words or words[0] != protocol.CONTROL:
+            watch.noise += line + b"\n" if line.strip() else b""
+            return
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it can die while we look
+            if words[1] == "ready":
+                self._meet(guest, int(words[2]), job, watch)
+            elif words[1] == "phase" and watch.pid:
+                if words[2] == "sizing":
+                    watch.at_sizing = self._treater.seen_now()
+                watch.observations.append(observe.observe(words[2], watch.pid))
+        guest.answer()
+
+    def _meet(self, guest: Guest, told_pid: int, job: Job, watch: _Watch) -> None:
+        """Look at the live worker from outside: where it really runs."""
+        watch.pid = guest.pid_of(told_pid)
+        watch.sampler = host.Sampler(watch.pid)
+        outside: dict[str, Any] = {
+            **guest.identity(),
+            "worker_pid": watch.pid,
+            "cgroup": Path(f"/proc/{watch.pid}/cgroup").read_text().splitlines(),
+            "namespaces": evidence.namespaces(watch.pid),
+            "host": self._host,
+        }
+        if job.site.content.root:
+            outside["expected_root"] = evidence.root_identity(job.site.content.root)
+        with contextlib.suppress(PermissionError):
+            outside["root"] = evidence.root_identity(f"/proc/{watch.pid}/root/")
+        watch.outside = outside
+        module = environments.module_of(job.environment)
+        watch.contradictions += module.contradictions(job.environment, job.site, {}, outside)
+
+    # -- after it -----------------------------------------------------------------------------------------
+
+    def _inside_contradictions(self, job: Job, watch: _Watch, result: dict[str, Any] | None) -> list[str]:
+        if result is None or not watch.outside:
+            return []
+        return environments.common_contradictions(result["evidence"], watch.outside, job.bundle_sha256)
+
+    def _save_samples(self, job: Job, watch: _Watch) -> dict[str, Any]:
+        """The time series beside the record, and what sampling cost."""
+        if watch.sampler is None:
+            return {"count": 0}
+        rows = watch.sampler.rows
+        (job.folder / "samples.json").write_text(
+            json.dumps({"fields": host.SAMPLE_FIELDS, "rows": rows}), encoding="utf-8"
+        )
+        lowest = min((row[2] for row in rows if row[2] is not None), default=None)
+        return {"count": len(rows), "cpu_s": watch.sampler.cpu_s, "lowest_mem_available_bytes": lowest}
+
+    def _record(
+        self,
+        job: Job,
+        start: environments.Start,
+        seen: dict[str, Any],
+        times: dict[str, str],
+        result: dict[str, Any] | None,
+        verdict: outcome.Outcome,
+    ) -> dict[str, Any]:
+        record = {
+            "record_version": RECORD_VERSION,
+            "spark_ray_version": __version__,
+            **job.trial,
+            **times,
+            "engine": job.engine,
+            "workload": job.workload,
+            "environment": job.environment.model_dump(mode="json"),
+            "treatment": job.treatment,
+            "content": dataclasses.asdict(job.site.content),
+            "bundle_sha256": job.bundle_sha256,
+            "command": list(start.argv),
+            "result": result,
+            "inside": read_observations(job.folder / "observations.jsonl"),
+            "host": seen,
+            "outcome": verdict.as_dict(),
+        }
+        write_durably(job.folder / RECORD, record)
+        return record
+
+
+def _not_reached(wait: host.Wait, lost: str | None) -> str | None:
+    if not wait.reached:
+        return f"memory did not come back: {wait.found_bytes} of {wait.wanted_bytes} bytes after {wait.waited_s:.0f} s"
+    return lost
+
+
+def read_result(job: Job) -> tuple[dict[str, Any] | None, str | None]:
+    """(result, None) if result.json is whole and of this attempt; else (None, why)."""
+    path = job.folder / "result.json"
+    try:
+        result = protocol.check_fields("result.json", protocol.read_json(path), protocol.RESULT_FIELDS)
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, RecursionError, protocol.ProtocolError) as error:
+        return None, f"result.json cannot be used: {error}"
+    if (result["trial_id"], result["attempt"]) != (job.trial["trial_id"], job.trial["attempt"]):
+        return None, "result.json is of another attempt"
+    failure = result["failure"]
+    if failure is not None and (
+        not isinstance(failure, dict) or failure.get("kind") not in protocol.FAILURE_KINDS
+    ):
+        return None, "result.json has a failure of an unknown kind"
+    if not isinstance(result["evidence"], dict) or not isinstance(result["measurements"], dict):
+        return None, "result.json has no evidence or measurements"
+    return result, None
+
+
+def read_observations(path: Path) -> list[dict[str, Any]]:
+    """What the worker observed, as far as it got; a torn last line is left out."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found

@@ -1,0 +1,123 @@
+"""From facts to one word: what became of an attempt. Pure; the worker states facts, the host derives the outcome."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any, Literal
+
+OutcomeKind = Literal[
+    "ok",
+    "infeasible",
+    "out_of_memory",
+    "engine_error",
+    "timeout",
+    "crashed",
+    "disturbed",
+    "wrong_environment",
+    "host_wedged",
+]
+ANSWERS = frozenset({"ok", "infeasible", "out_of_memory"})
+"""Outcomes that answer the question. The rest of the final ones are failures; `disturbed` is no outcome of the trial."""
+VOID = frozenset({"disturbed", "host_wedged"})
+"""The block is void: it runs again as a whole, within bounds."""
+
+_KV_NUMBERS = ("bytes", "blocks", "tokens", "tokens_per_block", "bytes_per_token", "sequences")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: OutcomeKind
+    reason: str
+    message: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return {"kind": self.kind, "reason": self.reason, "message": self.message}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the host knows of an attempt that has ended."""
+
+    result: dict[str, Any] | None  # checked result.json
+    result_error: str | None = None  # why there is none that can be read
+    exit_code: int | None = None  # 128 + n after signal n
+    oom_kills: int = 0  # kernel out-of-memory kills in the worker's group or on the host meanwhile
+    stopped_by: str | None = None  # deadline, watchdog, interrupt: what of ours ended it
+    not_reached: str | None = None  # a treatment or gate that did not hold
+    contradictions: tuple[str, ...] = ()
+    start_error: str | None = None
+
+
+def capacity_problem(measurements: Any) -> str | None:
+    """Why `measurements` holds no KV capacity with its source; None when it does. No capacity is never `ok`."""
+    kv = measurements.get("kv_cache") if isinstance(measurements, dict) else None
+    if not isinstance(kv, dict):
+        return "the result has no kv_cache"
+    for name in _KV_NUMBERS:
+        value = kv.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            return f"kv_cache.{name} is {value!r}, not a count"
+    if not isinstance(kv.get("source"), str) or not kv["source"]:
+        return "kv_cache has no source"
+    if kv["tokens"] != kv["blocks"] * kv["tokens_per_block"]:
+        return "kv_cache: tokens is not blocks x tokens_per_block"
+    if kv["bytes"] != kv["tokens"] * kv["bytes_per_token"]:
+        return "kv_cache: bytes is not tokens x bytes_per_token"
+    return None
+
+
+def _of_exit(facts: Facts) -> Outcome:
+    code = facts.exit_code
+    if code is None:
+        return Outcome("disturbed", "no_exit_status", "the worker's exit status could not be read")
+    if code > 128:
+        number = code - 128
+        name = signal.Signals(number).name if number in signal.Signals._value2member_map_ else str(number)
+        if number == signal.SIGKILL:
+            if facts.oom_kills:
+                return Outcome(
+                    "out_of_memory",
+                    "kernel_oom_kill",
+                    f"the kernel killed it for memory ({facts.oom_kills} oom_kill)",
+                )
+            return Outcome(
+                "disturbed",
+                "killed_from_outside",
+                "SIGKILL with no out-of-memory event and no deadline of ours",
+            )
+        if number == signal.SIGHUP:
+            return Outcome("disturbed", "host_side_gone", "the worker lost its host side")
+        return Outcome("crashed", name, f"the worker died by {name}")
+    if code == 0:
+        return Outcome("crashed", "no_result", facts.result_error or "the worker ended without result.json")
+    return Outcome("crashed", f"exit_{code}", f"the worker ended with status {code}")
+
+
+def derive(facts: Facts) -> Outcome:
+    """One outcome; what disturbed an attempt outweighs what it measured, and where it ran outweighs both."""
+    if facts.stopped_by == "watchdog":
+        return Outcome(
+            "host_wedged",
+            "watchdog",
+            "MemAvailable fell below the watchdog's threshold; the worker was killed",
+        )
+    if facts.stopped_by == "interrupt":
+        return Outcome("disturbed", "interrupted", "the run was interrupted")
+    if facts.start_error is not None:
+        return Outcome("crashed", "start_refused", facts.start_error)
+    if facts.contradictions:
+        return Outcome("wrong_environment", "evidence", "; ".join(facts.contradictions))
+    if facts.not_reached is not None:
+        return Outcome("disturbed", "not_reached", facts.not_reached)
+    if facts.stopped_by == "deadline":
+        return Outcome("timeout", "trial_timeout", "the trial's deadline passed")
+    if facts.result is None or facts.exit_code != 0:
+        return _of_exit(facts)
+    failure = facts.result["failure"]
+    if failure is not None:
+        return Outcome(failure["kind"], str(failure["reason"]), str(failure["message"]))
+    problem = capacity_problem(facts.result["measurements"])
+    if problem:
+        return Outcome("engine_error", "no_capacity", problem)
+    return Outcome("ok", "measured")

@@ -1,0 +1,183 @@
+"""The plan, before any effect: which arms this host can execute, what is missing, how long it takes. Only looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import content, environments, image, treatments
+from .cluster import Cluster
+from .environments import Offer, Problem
+from .errors import UnavailableError
+from .experiment import DockerEnvironment, EmbeddedEngine, Experiment, Fill
+from .plan import arm_order
+from .rootact import RootActs
+from .search import GP_MEND
+from .search import problems as search_problems
+from .units import GIB, format_bytes
+from .worker import observe
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    name: str
+    what: str  # environment and treatment in words
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+    required: bool
+
+    @property
+    def available(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Everything that is known before the first effect."""
+
+    experiment: Experiment
+    arms: tuple[ArmPlan, ...]
+    problems: tuple[Problem, ...]  # of the engine, the model, the search: nothing can run
+    preparations: tuple[str, ...]
+    cluster: Cluster
+    trial_s: float | None  # expected, from the YAML or a rule of thumb
+
+    @property
+    def executed(self) -> tuple[str, ...]:
+        """Arms that will run, in the order of the YAML."""
+        return tuple(arm.name for arm in self.arms if arm.available)
+
+    @property
+    def blocks(self) -> int:
+        return self.experiment.search.blocks
+
+    @property
+    def slots(self) -> int:
+        return sum(node.slots for node in self.cluster.nodes)
+
+    @property
+    def expected_s(self) -> float | None:
+        if self.trial_s is None:
+            return None
+        return self.blocks * len(self.executed) * self.trial_s / max(1, self.slots)
+
+    def first_orders(self, count: int) -> list[tuple[str, ...]]:
+        return [
+            arm_order(self.executed, index, self.experiment.seed) for index in range(min(count, self.blocks))
+        ]
+
+    def refuse_if_impossible(self) -> None:
+        """Raises UnavailableError, before any effect, when what is required is not here."""
+        needed = set(vars(self.experiment.compared).values())
+        missing = [f"  {problem}" for problem in self.problems]
+        missing += [
+            f"  arm {arm.name}: {problem}"
+            for arm in self.arms
+            if arm.required or arm.name in needed
+            for problem in arm.problems
+        ]
+        if missing:
+            raise UnavailableError("\n".join(["this host lacks what the experiment requires:", *missing]))
+        if len(self.executed) < 2:
+            lacking = [f"  arm {arm.name}: {problem}" for arm in self.arms for problem in arm.problems]
+            raise UnavailableError("\n".join(["fewer than two arms can be executed here:", *lacking]))
+
+
+def probe(experiment: Experiment) -> Offer:
+    """What this host offers; asks the Docker daemon only if an arm wants it."""
+    available, reason = RootActs().available()
+    why, mend = None, ""
+    if any(isinstance(arm.environment, DockerEnvironment) for arm in experiment.arms.values()):
+        try:
+            image.connect().close()
+        except UnavailableError as error:
+            why, mend = error.message, error.mend or "start the Docker service"
+    return Offer(
+        root_acts=None if available else reason,
+        docker=why,
+        docker_mend=mend,
+        memory_total_bytes=observe.meminfo()["MemTotal"],
+    )
+
+
+def preview(experiment: Experiment, cluster: Cluster, offer: Offer) -> Preview:
+    problems = [*content.engine_problems(experiment), *content.model_problems(experiment.model)]
+    problems += [Problem(text, GP_MEND) for text in search_problems(experiment.search)]
+    return Preview(
+        experiment=experiment,
+        arms=tuple(_arm(experiment, name, offer) for name in experiment.arms),
+        problems=tuple(problems),
+        preparations=tuple(_preparations(experiment)),
+        cluster=cluster,
+        trial_s=experiment.limits.expected_trial or _rule_of_thumb(experiment),
+    )
+
+
+def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
+    arm, can = experiment.arms[name], offer.root_acts is None
+    found = list(environments.module_of(arm.environment).problems(arm.environment, offer))
+    if not found:
+        found += content.environment_problems(arm.environment)
+    lacking = treatments.missing(arm.treatment, can)
+    if lacking:
+        found.append(
+            Problem(
+                lacking, "run as root, allow `sudo -n`, or leave the key out to take the strongest possible"
+            )
+        )
+    state, warnings = treatments.effective(arm.treatment, can)
+    cache = state["page_cache"]
+    words = f"fill {format_bytes(cache['fill_bytes'])}" if isinstance(cache, dict) else cache
+    what = (
+        f"{_environment_words(arm.environment)}; page cache: {words}; per-CPU pages: {state['per_cpu_pages']}"
+    )
+    if arm.engine:
+        what += "; " + ", ".join(f"{key}: {value}" for key, value in arm.engine.items())
+    return ArmPlan(name, what, tuple(found), tuple(warnings), arm.required)
+
+
+def _environment_words(spec: environments.EnvironmentSpec) -> str:
+    chosen = {key: value for key, value in spec.model_dump(exclude_defaults=True).items() if key != "kind"}
+    for key in ("memory", "memory_swap", "shm_size"):
+        if key in chosen:
+            chosen[key] = format_bytes(chosen[key])
+    return " ".join([spec.kind, *(f"{key}={value}" for key, value in chosen.items())])
+
+
+def _preparations(experiment: Experiment) -> list[str]:
+    steps = []
+    if model := content.model_to_make(experiment):
+        steps.append(f"make a random checkpoint in {_short(model)}")
+    kinds = {arm.environment.kind for arm in experiment.arms.values()}
+    if "chroot" in kinds or "docker" in kinds:
+        steps.append(
+            f"build the host rootfs in {_short(content.cache_folder() / 'rootfs')}, unless it is there"
+        )
+    if "docker" in kinds:
+        steps.append("import that rootfs as a Docker image (labelled spark_ray), unless it is there")
+    fills = [
+        a.treatment.page_cache.fill
+        for a in experiment.arms.values()
+        if isinstance(a.treatment.page_cache, Fill)
+    ]
+    if fills:
+        steps.append(f"hold a file of {format_bytes(max(fills))} in the run folder, removed at the end")
+    return steps
+
+
+def _short(path: Path) -> str:
+    home = str(Path.home())
+    return str(path).replace(home, "~", 1) if str(path).startswith(home) else str(path)
+
+
+def _rule_of_thumb(experiment: Experiment) -> float | None:
+    """Seconds of one embedded trial: start and load about 4 s, and memory is touched at about 2 GiB a second."""
+    if not isinstance(experiment.engine, EmbeddedEngine):
+        return None
+    axis = experiment.search.space.memory_fraction
+    middle = (
+        axis
+        if isinstance(axis, float)
+        else (sum(axis) / len(axis) if isinstance(axis, list) else (axis.low + axis.high) / 2)
+    )
+    return 4.0 + middle * observe.meminfo()["MemFree"] / (2 * GIB)

@@ -1,0 +1,327 @@
+"""A rootfs is a folder tree: chroot enters it as it is, and the Docker image is made from it.
+
+Content has one name, its SHA-256. What the tree does not hold but expects to be bound into it is listed as mounts.
+The description lies beside the tree, in `<folder>.json`, never in it.
+
+The kernel's folders (/dev, /proc, /sys) belong to whoever starts the tree, so their content counts nowhere. Docker
+empties /etc/hosts, /etc/hostname and /etc/resolv.conf, links /etc/mtab and adds /.dockerenv whenever it makes a
+container; every tree here carries those in one fixed form, so the same content has the same hash however it came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from .errors import InputError, UnavailableError
+
+KERNEL_FOLDERS = ("dev", "proc", "sys")
+MOUNT_POINTS = ("spark_ray/attempt", "spark_ray/bundle", "spark_ray/model", "spark_ray/driver")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_FILES = {
+    "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "etc/hostname": "spark-ray\n",
+    "etc/resolv.conf": "",
+}
+
+
+@dataclass(frozen=True)
+class Mount:
+    source: str
+    target: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True)
+class Rootfs:
+    """A tree, what is bound into it, and how a program in it is started."""
+
+    path: Path
+    sha256: str
+    mounts: tuple[Mount, ...]
+    python: str
+    env: dict[str, str]
+    entrypoint: tuple[str, ...]
+    origin: str
+    cwd: str = "/"
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "path": str(self.path)}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"it must hold exactly {', '.join(field.name for field in fields(cls))}")
+        data["path"] = Path(data["path"])
+        data["mounts"] = tuple(Mount(**mount) for mount in data["mounts"])
+        data["entrypoint"] = tuple(data["entrypoint"])
+        return cls(**data)
+
+
+def sidecar(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".json")
+
+
+def save(rootfs: Rootfs) -> Rootfs:
+    """Write the description beside the tree, whole or not at all."""
+    write_whole(sidecar(rootfs.path), rootfs.to_json())
+    return rootfs
+
+
+def write_whole(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(path)
+
+
+def load(path: Path) -> Rootfs:
+    """The rootfs in a folder, by its description."""
+    path = path.resolve()
+    if not path.is_dir() or not sidecar(path).is_file():
+        raise UnavailableError(
+            f"{path} is no rootfs with its description {sidecar(path)}", mend="spark-ray rootfs build"
+        )
+    try:
+        rootfs = Rootfs.from_json(sidecar(path).read_text())
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{sidecar(path)} does not describe a rootfs: {error}", mend="build or extract it again"
+        ) from None
+    return rootfs if rootfs.path == path else Rootfs(**{**vars(rootfs), "path": path})  # the folder was moved
+
+
+# ---- content ----------------------------------------------------------------------------------------------
+
+
+def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Relative names with their lstat, in one order on every machine; nothing below the kernel's folders."""
+    pending = [""]
+    while pending:
+        name = pending.pop()
+        if name:
+            found = os.lstat(folder / name)
+            yield name, found
+            if not stat.S_ISDIR(found.st_mode) or name in KERNEL_FOLDERS:
+                continue
+        inside = sorted((os.fsencode(child.name) for child in (folder / name).iterdir()), reverse=True)
+        pending.extend(f"{name}/{os.fsdecode(child)}".lstrip("/") for child in inside)
+
+
+def content_sha256(folder: Path) -> str:
+    """Of every name, type, mode and content or link target. Owner, times and order of creation do not count."""
+    total = hashlib.sha256()
+    try:
+        for name, found in walk(folder):
+            kind = stat.S_IFMT(found.st_mode)
+            if kind == stat.S_IFREG:
+                with (folder / name).open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+            else:
+                content = os.fsencode((folder / name).readlink()) if kind == stat.S_IFLNK else b""
+            mode = 0 if kind == stat.S_IFLNK else stat.S_IMODE(found.st_mode)
+            for part in (os.fsencode(name), b"%o %o" % (kind, mode), content):
+                total.update(
+                    b"%d:" % len(part) + part
+                )  # with its length, so that parts cannot flow into each other
+    except PermissionError as error:
+        raise InputError(f"{error.filename} may not be read", mend="hash this tree as root") from None
+    return total.hexdigest()
+
+
+def bound_sha256(mounts: Iterable[Mount]) -> str:
+    """A cheap identity of what is bound: the interpreter, and every installed package's list of files and hashes."""
+    total = hashlib.sha256(sys.version.encode())
+    records = set()
+    for mount in mounts:
+        for place, names, files in os.walk(mount.source):
+            folder = Path(place)
+            if folder.suffix == ".dist-info":
+                names.clear()
+                if "RECORD" in files:
+                    content = (folder / "RECORD").read_bytes()
+                    records.add(f"{folder.name} {hashlib.sha256(content).hexdigest()}\n")
+    total.update("".join(sorted(records)).encode())
+    return total.hexdigest()
+
+
+@contextmanager
+def in_the_making(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, gone if making fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        making.chmod(0o755)
+        yield making
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def finish(tree: Path) -> None:
+    """Mount points, and the files that engines put over any content, in their one fixed form."""
+    for name in ("etc", "spark_ray", *KERNEL_FOLDERS, *MOUNT_POINTS):
+        if (tree / name).is_symlink():  # an absolute link would lead out of the tree
+            raise InputError(f"/{name} is a symbolic link in {tree}; it must be a folder")
+        (tree / name).mkdir(exist_ok=True)
+        if name != "etc":
+            (tree / name).chmod(0o755)
+    if not (tree / "tmp").is_symlink():
+        (tree / "tmp").mkdir(exist_ok=True)
+        (tree / "tmp").chmod(0o1777)
+    for name, text in _FILES.items():
+        (tree / name).unlink(missing_ok=True)
+        (tree / name).write_text(text)
+        (tree / name).chmod(0o644)
+    (tree / "etc/mtab").unlink(missing_ok=True)
+    (tree / "etc/mtab").symlink_to("/proc/mounts")
+    (tree / ".dockerenv").unlink(missing_ok=True)
+
+
+# ---- from the host, an image or a distribution -------------------------------------------------------
+
+
+def build_host(cache_dir: Path) -> Rootfs:
+    """The running interpreter's environment as a rootfs, cached by content: see `rootfs_host`."""
+    from .rootfs_host import build
+
+    return build(cache_dir)
+
+
+def extract(client: Any, image: str, folder: Path, progress: Callable[[int], None] | None = None) -> Rootfs:
+    """The file system of an image that the engine has, as a tree. `progress` is told the bytes so far."""
+    from .image import inspect  # only who extracts needs the docker package
+
+    folder = _vacant(folder)
+    facts = inspect(client, image)
+    never_run = ["spark_ray never starts this"]
+    container = client.containers.create(
+        facts.image.id, never_run, network_mode="none", labels={"spark_ray.purpose": "extract"}
+    )
+    try:
+        with in_the_making(folder) as making:
+            unpack(container.export(chunk_size=1 << 20), making, progress)
+            finish(making)
+            making.rename(folder)
+    finally:
+        container.remove(force=True, v=True)
+    sha256 = content_sha256(folder)
+    python = _find_python(folder, facts.env.get("PATH", PATH))
+    return save(Rootfs(folder, sha256, (), python, facts.env, facts.entrypoint, image, facts.cwd))
+
+
+def _vacant(folder: Path) -> Path:
+    folder = folder.parent.resolve() / folder.name
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise InputError(f"{folder} is in the way", mend="name a new or an empty folder")
+    return folder
+
+
+def unpack(chunks: Iterable[bytes], folder: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Unpack a tar stream with owners and modes, without devices, and never outside of `folder`."""
+    folders: list[tuple[Path, tarfile.TarInfo]] = []
+    with tarfile.open(fileobj=_Stream(chunks, progress), mode="r|", errorlevel=2) as archive:
+        archive.extraction_filter = lambda member, _folder: member  # ours is stricter: `_place`
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # or a big image keeps its whole list in memory
+            if (path := _place(folder, member)) is None:
+                continue
+            if member.islnk():
+                os.link(_inside(folder, member.linkname), path, follow_symlinks=False)
+                continue
+            archive.extract(member, folder, set_attrs=not member.isdir(), numeric_owner=True)
+            if member.isdir():
+                folders.append((path, member))
+    for path, member in reversed(folders):  # last, or a read-only folder could not be filled
+        if os.geteuid() == 0:
+            os.chown(path, member.uid, member.gid)
+        path.chmod(member.mode & 0o7777)
+
+
+class _Stream(io.RawIOBase):
+    """Chunks as a file that tarfile can read."""
+
+    def __init__(self, chunks: Iterable[bytes], progress: Callable[[int], None] | None) -> None:
+        self._chunks = filter(None, chunks)
+        self._progress = progress
+        self._done = 0
+
+    def read(self, _size: int = -1, /) -> bytes:
+        chunk = next(self._chunks, b"")
+        self._done += len(chunk)
+        if self._progress is not None and chunk:
+            self._progress(self._done)
+        return chunk
+
+
+def _place(folder: Path, member: tarfile.TarInfo) -> Path | None:
+    """Where a member goes; None when it is left out. Refuses what would follow a link or replace anything."""
+    parts = PurePosixPath(member.name).parts
+    left_out = not parts or (parts[0] in KERNEL_FOLDERS and len(parts) > 1)
+    if left_out or not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+        return None
+    path = _inside(folder, member.name)
+    if os.path.lexists(path) and (path.is_symlink() or not (member.isdir() and path.is_dir())):
+        raise InputError(f"the archive holds {member.name!r} twice")
+    return path
+
+
+def _inside(folder: Path, name: str) -> Path:
+    parts = PurePosixPath(name).parts
+    path = folder
+    for part in parts:
+        if path.is_symlink() or part in ("/", "//", ".."):
+            raise InputError(f"the archive holds {name!r}, which leads out of the folder")
+        path /= part
+    return path
+
+
+def _find_python(tree: Path, search: str) -> str:
+    candidates = (f"{place}/{name}" for place in search.split(":") for name in ("python3", "python"))
+    return next((path for path in candidates if os.path.lexists(f"{tree}{path}")), "python3")
+
+
+def debootstrap(
+    folder: Path, suite: str = "bookworm", packages: Sequence[str] = ("python3", "ca-certificates")
+) -> Rootfs:
+    """A minimal Debian or Ubuntu tree from the distribution's own packages, for this machine's architecture."""
+    folder = _vacant(folder)
+    if shutil.which("debootstrap") is None:
+        raise UnavailableError(
+            "the program debootstrap is not installed", mend="sudo apt-get install debootstrap"
+        )
+    if os.geteuid() != 0:
+        raise UnavailableError("debootstrap needs root", mend="run this command as root")
+    with in_the_making(folder) as making:
+        asked = ["dpkg", "--print-architecture"]
+        arch = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        include = [f"--include={','.join(packages)}"] if packages else []
+        command = ["debootstrap", "--variant=minbase", f"--arch={arch}", *include, suite, str(making)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+        if done.returncode != 0:
+            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+            raise UnavailableError(
+                f"debootstrap failed: {' '.join(last)}", mend=" ".join([*command[:-1], "FOLDER"])
+            )
+        finish(making)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(making / "var/cache/apt/archives")
+        making.rename(folder)
+    sha256 = content_sha256(folder)
+    return save(
+        Rootfs(folder, sha256, (), _find_python(folder, PATH), {"PATH": PATH}, (), f"debootstrap:{suite}")
+    )

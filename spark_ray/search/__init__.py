@@ -1,0 +1,6 @@
+"""Where to look next: Optuna behind ask, tell and recover. The only home of optuna in the package."""
+
+from .space import design
+from .study import GP_MEND, Abandoned, Proposal, Search, Told, problems
+
+__all__ = ["GP_MEND", "Abandoned", "Proposal", "Search", "Told", "design", "problems"]

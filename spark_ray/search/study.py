@@ -1,0 +1,230 @@
+"""Ask, tell and recover.
+
+The unit is a block: cell (n-th configuration, repetition). The number of the study trial that first stood for it is
+the block's name for good, in its file on disk too. When a process dies with the block open, that study trial fails,
+and the next ask starts another one for the same block: it carries `continues: <first number>`, and the caller sees the
+first number again. So files on disk never need rewriting, and nothing but the journal has to be remembered.
+
+The state of a block is that of its latest study trial:
+
+    RUNNING                       proposed, being executed
+    COMPLETE                      a contrast was measured
+    PRUNED, constraint violated   a compared arm has no capacity there: an answer
+    FAIL with `abandoned`         given up
+    FAIL without                  interrupted: asked again before anything new
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import experiment
+from ..errors import RunError, UnavailableError
+from ..experiment import Configuration
+from .journal import open_journal
+from .space import adaptive, configuration, design, distributions
+
+GP_MEND = "pip install 'spark_ray[gp]'"
+NO_CAPACITY = "no_capacity"
+OWN_ATTRIBUTES = frozenset({"block", "continues", "contrast", "abandoned"})
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to measure next. A study_trial seen before is that same block, to be continued."""
+
+    study_trial: int
+    configuration: Configuration
+    repetition: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the records of a complete block say; see `Search.tell`."""
+
+    contrast: float | None
+    constraints: Mapping[str, float]
+    attributes: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A block given up, and why."""
+
+    reason: str
+
+
+def problems(search: experiment.Search) -> list[str]:
+    """What is missing here for this search."""
+    if search.sampler == "gp" and importlib.util.find_spec("torch") is None:
+        return ["the gp sampler needs torch, which is not installed"]
+    return []
+
+
+class Search:
+    """One study in one journal. For one process at a time, and one thread of it."""
+
+    def __init__(self, search: experiment.Search, *, seed: int, journal: Path, name: str) -> None:
+        if found := problems(search):
+            raise UnavailableError(found[0], mend=GP_MEND)
+        self._search = search
+        self._seed = seed
+        self._distributions = distributions(search.space)
+        self._design = design(search, seed)
+        self._planned: list[Configuration] = []  # as much of the design as was needed so far
+        self._storage = open_journal(journal)
+        self._study = _create_or_load(self._storage, name)
+        self._study_id = self._storage.get_study_id_from_name(name)
+
+    def ask(self) -> Proposal | None:
+        """The next block: an interrupted one first, then the next repetition, then a new configuration.
+
+        None when a grid is exhausted. How many blocks are enough is the caller's to say.
+        """
+        blocks = self._blocks()
+        for first, latest in blocks.items():
+            if _interrupted(latest):
+                return self._start(latest.params, latest.user_attrs["block"], continues=first)
+        index, repetition = -1, self._search.repetitions
+        if blocks:
+            latest = blocks[max(blocks)]
+            index, repetition = latest.user_attrs["block"]
+            if repetition + 1 < self._search.repetitions:
+                return self._start(latest.params, [index, repetition + 1])
+        drawn = self._draw(index + 1)
+        return None if drawn is None else self._start(drawn, [index + 1, 0])
+
+    def tell(
+        self,
+        study_trial: int,
+        *,
+        contrast: float | None,
+        constraints: Mapping[str, float],
+        attributes: Mapping[str, object] = {},
+    ) -> None:
+        """Finish a block with the contrast between the compared arms. A finished block stays as it is.
+
+        The value is |contrast|, what the search maximises; the signed one is an attribute. None means that a compared
+        arm gave no capacity: that violates the constraint `no_capacity` (set for every block) and has no value.
+        A constraint is violated above 0.
+
+        Optuna 5 on constraints of trials without a value: TPE splits PRUNED trials by violation, smallest first and
+        after all feasible ones; the GP reads COMPLETE trials only (`space._for_gp` shows it the others);
+        nobody reads FAIL. So no capacity is told as PRUNED, and FAIL is left to blocks that say nothing.
+        """
+        if contrast is not None and not math.isfinite(contrast):
+            raise ValueError(
+                f"contrast of study trial {study_trial} is {contrast}; without capacity it is None"
+            )
+        if reserved := OWN_ATTRIBUTES & set(attributes):
+            raise ValueError(f"attributes {', '.join(sorted(reserved))} are the search's own")
+        trial = self._open_trial(study_trial)
+        if trial is None:
+            return
+        violations = {**constraints, NO_CAPACITY: 1.0 if contrast is None else -1.0}
+        # set_constraint warns when one is there already: a kill inside tell leaves the first ones
+        for key in sorted(set(violations) - set(trial.constraints)):
+            trial.set_constraint(key, violations[key])
+        for key, value in {**attributes, "contrast": contrast}.items():
+            trial.set_user_attr(key, value)
+        if contrast is None:
+            self._study.tell(trial.number, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial.number, abs(contrast))
+
+    def abandon(self, study_trial: int, reason: str) -> None:
+        """Give a block up: it says nothing to the sampler and is not asked again. A finished block stays as it is."""
+        if trial := self._open_trial(study_trial):
+            trial.set_user_attr("abandoned", reason)
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def recover(self, finished: Mapping[int, Told | Abandoned]) -> list[int]:
+        """Make the study agree with the disk, at the start of a process. Safe to repeat after a kill at any point.
+
+        `finished` has every block whose end is on disk. All others that were proposed are interrupted: afterwards no
+        study trial is RUNNING, and the next asks propose the blocks returned here, in this order.
+        """
+        for study_trial, outcome in finished.items():
+            match outcome:
+                case Told():
+                    self.tell(
+                        study_trial,
+                        contrast=outcome.contrast,
+                        constraints=outcome.constraints,
+                        attributes=outcome.attributes,
+                    )
+                case Abandoned():
+                    self.abandon(study_trial, outcome.reason)
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        return [first for first, latest in self._blocks().items() if _interrupted(latest)]
+
+    # ---- inside -------------------------------------------------------------------------------------------
+
+    def _blocks(self) -> dict[int, FrozenTrial]:
+        """The latest study trial of each block, by the number that names the block, in the order of asking."""
+        blocks: dict[int, FrozenTrial] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            if (
+                "block" in trial.user_attrs
+            ):  # otherwise not from here: added by hand, say in Optuna's dashboard
+                blocks[trial.user_attrs.get("continues", trial.number)] = trial
+        return blocks
+
+    def _draw(self, index: int) -> Configuration | None:
+        if self._design is None:
+            seen = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+            return adaptive(
+                self._search, self._seed, index, self._study.get_trials(deepcopy=False, states=seen)
+            )
+        while len(self._planned) <= index:
+            if (point := next(self._design, None)) is None:
+                return None
+            self._planned.append(point)
+        return self._planned[index]
+
+    def _start(self, params: Mapping[str, Any], block: list[int], continues: int | None = None) -> Proposal:
+        """A running study trial, complete in one record of the journal: a kill leaves all of it or nothing."""
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions=self._distributions,
+            user_attrs={"block": block} | ({} if continues is None else {"continues": continues}),
+        )
+        started = self._storage.get_trial(
+            self._storage.create_new_trial(self._study_id, template_trial=trial)
+        )
+        first = started.number if continues is None else continues
+        return Proposal(first, configuration(started.params), block[1])
+
+    def _open_trial(self, study_trial: int) -> optuna.trial.Trial | None:
+        """The running study trial of a block; a new one if the block was interrupted; None if it is finished."""
+        latest = self._blocks().get(study_trial)
+        if latest is None:
+            raise RunError(
+                f"the study has no block {study_trial}, but a block on disk names it",
+                mend="study.journal is not the one of this run, or was cut: restore it, or start a new run",
+            )
+        if _interrupted(latest):
+            self._start(latest.params, latest.user_attrs["block"], continues=study_trial)
+            latest = self._blocks()[study_trial]
+        return None if latest.state.is_finished() else optuna.trial.Trial(self._study, latest._trial_id)
+
+
+def _create_or_load(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return optuna.create_study(study_name=name, storage=storage, direction="maximize")
+
+
+def _interrupted(latest: FrozenTrial) -> bool:
+    return bool(latest.state == TrialState.FAIL and "abandoned" not in latest.user_attrs)

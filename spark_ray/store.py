@@ -1,0 +1,235 @@
+"""The run folder. Records are the truth; everything else in it can be derived from them again.
+
+One attempt of one trial is one folder, `trials/<block>.<arm>/<attempt>/`; its `record.json` present means that the
+attempt is over. An attempt number counts executions of the *block*: attempt 2 of any arm belongs to the second
+execution of its block. The block's outcome is that of its first execution in which every arm has a record and none
+was disturbed; all other attempts are superseded. Nothing here is ever rewritten.
+
+One driver at a time: the folder is locked while a driver lives. Readers need no lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import RunError
+from .outcome import VOID
+from .plan import Block
+
+RECORD_VERSION = 1
+RECORD = "record.json"
+
+
+def write_durably(path: Path, data: Any) -> None:
+    """JSON by rename, with file and folder synced: after this returns, a power cut does not lose it."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(data, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path}: {error.strerror}",
+            mend="free space on that disk, then continue with --resume",
+        ) from error
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A whole record of this version, or None: a torn one is the same as none, its attempt did not end."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("outcome"), dict)
+        or "trial_id" not in record
+    ):
+        return None
+    if record.get("record_version") != RECORD_VERSION:
+        raise RunError(
+            f"{path} is a record of version {record.get('record_version')!r}; this program writes {RECORD_VERSION}",
+            mend="use the version of spark_ray that wrote the run (see its record's spark_ray_version)",
+        )
+    return record
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """Where a block stands, derived from its records."""
+
+    block: Block
+    attempts: int  # executions begun
+    valid: int | None  # the execution that counts
+    outcomes: dict[str, dict[str, str]]  # by arm, of the execution that counts (or the last one)
+
+    @property
+    def complete(self) -> bool:
+        return self.valid is not None
+
+
+class Store:
+    """A run folder. `create` and `resume` lock it for driving; `read` does not."""
+
+    def __init__(self, folder: Path, lock: IO[str] | None) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    # -- opening ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, folder: Path, files: dict[str, str], plan: dict[str, Any]) -> Store:
+        """A new run: `files` are kept verbatim, `plan` (plan.json) is written last and makes it a run."""
+        if folder.exists() and any(folder.iterdir()):
+            raise RunError(
+                f"{folder} is not empty",
+                mend="continue that run with --resume, or choose another folder with --out",
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("trials", "blocks", "samples"):
+                (folder / name).mkdir()
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RunError(
+                f"cannot create {error.filename or folder}: {error.strerror}", mend="choose another --out"
+            ) from error
+        store = cls(folder, cls._take_lock(folder))
+        write_durably(folder / "plan.json", plan)
+        return store
+
+    @classmethod
+    def read(cls, folder: Path) -> Store:
+        if not (folder / "plan.json").is_file():
+            raise RunError(
+                f"{folder} is not a run: it has no plan.json", mend="name a folder that sweep has made"
+            )
+        return cls(folder, None)
+
+    @classmethod
+    def resume(cls, folder: Path) -> Store:
+        store = cls.read(folder)
+        store._lock = cls._take_lock(folder)
+        return store
+
+    @staticmethod
+    def _take_lock(folder: Path) -> IO[str]:
+        stream = (folder / "run.lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            stream.close()
+            raise RunError(
+                f"{folder} is being driven by process {holder}", mend="wait for it, or end it first"
+            ) from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        return stream
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # -- plan and blocks ----------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        return data
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "study.journal"
+
+    def save_block(self, block: Block) -> None:
+        write_durably(self.folder / "blocks" / f"{block.block_id}.json", dataclasses.asdict(block))
+
+    def blocks(self) -> list[Block]:
+        found = []
+        for path in sorted((self.folder / "blocks").glob("b*.json")):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            found.append(Block(**data | {"order": tuple(data["order"])}))
+        return found
+
+    # -- attempts -----------------------------------------------------------------------------------------
+
+    def attempt_folder(self, trial_id: str, attempt: int) -> Path:
+        return self.folder / "trials" / trial_id / str(attempt)
+
+    def new_attempt_folder(self, trial_id: str, attempt: int) -> Path:
+        folder = self.attempt_folder(trial_id, attempt)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot create {folder}: {error.strerror}", mend="free space, then continue with --resume"
+            ) from error
+        return folder
+
+    def state(self, block: Block) -> BlockState:
+        """Derived from the records alone."""
+        attempts = 0
+        for arm in block.order:
+            folder = self.folder / "trials" / block.trial_id(arm)
+            if folder.is_dir():
+                attempts = max([attempts, *(int(p.name) for p in folder.iterdir() if p.name.isdigit())])
+        outcomes: dict[str, dict[str, str]] = {}
+        for attempt in range(1, attempts + 1):
+            records = {
+                arm: read_record(self.attempt_folder(block.trial_id(arm), attempt) / RECORD)
+                for arm in block.order
+            }
+            outcomes = {arm: record["outcome"] for arm, record in records.items() if record}
+            if len(outcomes) == len(block.order) and not any(o["kind"] in VOID for o in outcomes.values()):
+                return BlockState(block, attempts, attempt, outcomes)
+        return BlockState(block, attempts, None, outcomes)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every record, in block order, each with `superseded` added: true when its block's outcome is another's."""
+        for block in self.blocks():
+            state = self.state(block)
+            for attempt in range(1, state.attempts + 1):
+                for arm in block.order:
+                    record = read_record(self.attempt_folder(block.trial_id(arm), attempt) / RECORD)
+                    if record is not None:
+                        yield record | {"superseded": attempt != state.valid}
+
+    def capacities(self, state: BlockState, arms: Sequence[str]) -> dict[str, int | None]:
+        """KV bytes by arm of a complete block; None for an arm whose answer is that it does not fit."""
+        found: dict[str, int | None] = {}
+        for arm in arms:
+            record = read_record(
+                self.attempt_folder(state.block.trial_id(arm), state.valid or state.attempts) / RECORD
+            )
+            ok = record is not None and record["outcome"]["kind"] == "ok"
+            found[arm] = (
+                record["result"]["measurements"]["kv_cache"]["bytes"] if record is not None and ok else None
+            )
+        return found
+
+
+def copy_bundle(source: Path, target: Path) -> None:
+    """The worker package, as files only, under the name it runs by."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))

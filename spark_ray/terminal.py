@@ -1,0 +1,180 @@
+"""What a person sees: the plan as a table, live progress, the summary. Plain lines when it is not a terminal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .plan import Block
+from .preview import Preview
+from .store import BlockState
+from .units import format_bytes, format_duration
+
+_COLOURS = {"ok": "green", "infeasible": "yellow", "out_of_memory": "yellow"}
+
+
+def show_plan(console: Console, plan: Preview, folder: str) -> None:
+    """Everything that will happen, before it does."""
+    experiment = plan.experiment
+    console.print(
+        Text.assemble(("plan ", "bold"), experiment.name, "  ", (experiment.question, "italic")),
+        soft_wrap=True,
+    )
+    if experiment.engine.kind == "fake":
+        console.print("[yellow]engine fake: no engine runs; its numbers mean nothing[/yellow]")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("arm", "what", "here"):
+        table.add_column(heading, overflow="fold")
+    for arm in plan.arms:
+        here: Any = Text("yes", style="green")
+        if not arm.available:
+            left = "missing" if arm.required else "left out"
+            here = Text(
+                "\n".join(f"{left}: {problem}" for problem in arm.problems),
+                style="red" if arm.required else "yellow",
+            )
+        table.add_row(arm.name, arm.what, here)
+    console.print(table)
+    pair, search = experiment.compared, experiment.search
+    lines = [
+        f"contrast    1 - KV({pair.against}) / KV({pair.baseline})",
+        f"search      {search.sampler}, {search.blocks} blocks x {len(plan.executed)} arms, {search.repetitions} repetition(s), seed {experiment.seed}",
+        f"slots       {plan.slots} on {', '.join(node.name for node in plan.cluster.nodes)}",
+        (
+            f"time        {'about ' + format_duration(plan.expected_s) if plan.expected_s else 'unknown until the first block'}"
+            f" (a trial is ended after {format_duration(experiment.limits.trial_timeout)})"
+        ),
+        f"folder      {folder}",
+    ]
+    lines += [f"first do    {step}" for step in plan.preparations]
+    lines += (
+        [f"order       {'  |  '.join(' > '.join(order) for order in plan.first_orders(3))} ..."]
+        if len(plan.executed) > 1
+        else []
+    )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    for arm in plan.arms:
+        for warning in arm.warnings:
+            console.print(f"[yellow]warning     {arm.name}: {warning}[/yellow]", soft_wrap=True)
+    for problem in plan.problems:
+        console.print(f"[red]missing     {problem}[/red]", soft_wrap=True)
+
+
+class Terminal:
+    """Listens to the drive and shows it: a live panel on a terminal, else one line per ended trial and block."""
+
+    def __init__(self, console: Console, blocks: int, done: int, arms: int, *, quiet: bool) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._running: dict[str, str] = {}
+        self._best: tuple[float, str] | None = None
+        self._counts: dict[str, int] = {}
+        self._trials = 0
+        self._total = (blocks - done) * arms
+        self._started = time.monotonic()
+        self._progress = Progress(
+            TextColumn("blocks"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._task = self._progress.add_task("blocks", total=blocks, completed=done, left="")
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _render(self) -> Group:
+        with self._lock:
+            running = "   ".join(f"{slot}: {what}" for slot, what in self._running.items()) or "starting"
+            counts = (
+                "  ".join(f"{kind} {count}" for kind, count in sorted(self._counts.items())) or "none yet"
+            )
+            best = "none yet" if self._best is None else f"{self._best[0]:+.1%} at {self._best[1]}"
+        lines = Text.assemble(
+            ("now      ", "dim"),
+            running,
+            "\n",
+            ("trials   ", "dim"),
+            counts,
+            "\n",
+            ("largest divergence  ", "dim"),
+            best,
+        )
+        return Group(self._progress, lines)
+
+    def _say(self, line: str) -> None:
+        if self._live is None and not self._quiet:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def trial_started(self, slot: str, block: Block, arm: str, attempt: int) -> None:
+        again = f" (attempt {attempt})" if attempt > 1 else ""
+        with self._lock:
+            self._running[slot] = f"{block.block_id} {arm}{again}  {configuration_words(block.configuration)}"
+
+    def trial_ended(self, slot: str, block: Block, arm: str, outcome: Mapping[str, str]) -> None:
+        with self._lock:
+            self._running.pop(slot, None)
+            self._counts[outcome["kind"]] = self._counts.get(outcome["kind"], 0) + 1
+            self._trials += 1
+            each = (time.monotonic() - self._started) / self._trials
+            left = max(0, self._total - self._trials)
+        self._progress.update(self._task, left=f"about {format_duration(each * left)} left" if left else "")
+        detail = "" if outcome["kind"] == "ok" else f"  {outcome['reason']}: {outcome['message']}"
+        self._say(f"{block.block_id} {arm}: {outcome['kind']}{detail}")
+        if self._live is not None and outcome["kind"] not in _COLOURS:
+            self._console.print(
+                f"[red]{block.block_id} {arm}: {outcome['kind']}[/red]{detail}", soft_wrap=True
+            )
+
+    def block_ended(self, state: BlockState, divergence: float | None) -> None:
+        words = configuration_words(state.block.configuration)
+        with self._lock:
+            if divergence is not None and (self._best is None or abs(divergence) > abs(self._best[0])):
+                self._best = (divergence, words)
+        self._progress.advance(self._task)
+        shown = "no capacity in a compared arm" if divergence is None else f"divergence {divergence:+.1%}"
+        self._say(f"{state.block.block_id} done: {shown}  ({words})")
+
+
+def configuration_words(configuration: Mapping[str, int | float]) -> str:
+    short = {"max_batch_size": "batch", "max_num_tokens": "tokens", "memory_fraction": "fraction"}
+    return " ".join(
+        f"{short.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{short.get(key, key)} {value}"
+        for key, value in configuration.items()
+    )
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], report: str | None) -> None:
+    """The table at the end: capacity by arm, the contrast, what was not ok."""
+    table = Table(title=f"{summary['name']}: KV cache by arm", title_justify="left", box=None, pad_edge=False)
+    for heading in ("arm", "ok", "no capacity", "failed", "median KV", "peak memory"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for arm in summary["arms"]:
+        kv, peak = arm["median_kv_cache_bytes"], arm["median_peak_memory_bytes"]
+        table.add_row(
+            arm["arm"], str(arm["ok"]), str(arm["no_capacity"]), str(arm["failed"]),
+            format_bytes(kv) if kv is not None else "-", format_bytes(peak) if peak is not None else "-",
+        )  # fmt: skip
+    console.print(table)
+    console.print(summary["verdict"], style="bold", soft_wrap=True, highlight=False)
+    if report:
+        console.print(f"report  {report}", soft_wrap=True, highlight=False)

@@ -1,0 +1,105 @@
+"""What the worker reads about where it really is. A label on an arm is a claim; this is the evidence."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "APIKEY", "API_KEY")
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+
+
+def namespaces(pid: int | str = "self") -> dict[str, str]:
+    """Identity of each namespace of a process, as `type:[inode]`. Inodes are recycled: compare only what lives."""
+    found = {}
+    for name in _NAMESPACES:
+        try:
+            found[name] = os.readlink(f"/proc/{pid}/ns/{name}")  # noqa: PTH115  not a path: `mnt:[4026531841]`
+        except OSError:
+            continue
+    return found
+
+
+def root_identity(path: str = "/") -> str:
+    """Device and inode of a root directory, e.g. "254:0:2". Two processes with the same value see the same root."""
+    status = os.stat(path)  # noqa: PTH116  also asked of /proc/PID/root/, where pathlib would drop the last slash
+    return f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}:{status.st_ino}"
+
+
+def _limits() -> dict[str, list[int]]:
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    return {name[7:].lower(): list(resource.getrlimit(getattr(resource, name))) for name in names}
+
+
+def _status_fields() -> dict[str, str]:
+    wanted = {"CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "Cpus_allowed_list", "THP_enabled"}
+    pairs = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: value.strip() for name, value in pairs if name in wanted}
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _root_mount() -> dict[str, str]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[4] == "/":
+            kind = fields[fields.index("-") + 1]
+            return {"filesystem": kind, "options": fields[5]}
+    return {"filesystem": "not a mount point (a chroot inside one)"}
+
+
+def environment_variables() -> dict[str, str]:
+    """The environment after any entrypoint; values whose names speak of secrets are not written down."""
+    return {
+        name: "(not recorded)" if any(word in name.upper() for word in _SECRET_WORDS) else value
+        for name, value in sorted(os.environ.items())
+    }
+
+
+def libraries() -> list[str]:
+    """Shared objects mapped into this process now, with their real paths as seen inside."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return sorted(
+        {line.split(maxsplit=5)[5] for line in maps if ".so" in line.rsplit("/", 1)[-1] and "/" in line}
+    )
+
+
+def gather() -> dict[str, Any]:
+    """Everything that identifies the place, cheap enough for every trial (below 2 ms)."""
+    system = os.uname()
+    return {
+        "pid": os.getpid(),
+        "uid": os.getuid(),
+        "namespaces": namespaces(),
+        "root": root_identity(),
+        "root_mount": _root_mount(),
+        "cgroup": (_read("/proc/self/cgroup") or "").splitlines(),
+        "python": sys.version.split()[0],
+        "executable": sys.executable,
+        "prefix": sys.prefix,
+        "kernel": system.release,
+        "machine": system.machine,
+        "libc": os.confstr("CS_GNU_LIBC_VERSION"),
+        "limits": _limits(),
+        "status": _status_fields(),
+        "environment": environment_variables(),
+        "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "overcommit_memory": _read("/proc/sys/vm/overcommit_memory"),
+        "shm_bytes": _shm_bytes(),
+    }
+
+
+def _shm_bytes() -> int | None:
+    try:
+        status = os.statvfs("/dev/shm")  # noqa: S108  its size is what is asked
+    except OSError:
+        return None
+    return status.f_blocks * status.f_frsize

@@ -1,0 +1,70 @@
+"""One worker's side of the conversation with the host: phases, observations, the result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import observe, protocol
+
+
+class Infeasible(Exception):
+    """The engine cannot run this configuration here, and says so itself. An answer, not a failure."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class OutOfMemory(Exception):
+    """The engine ran out of memory and survived to say so."""
+
+
+class HostGone(BaseException):
+    """Standard input closed: nobody is waiting for this worker any more."""
+
+
+class Session:
+    """Holds the request; `phase` observes, writes the observation down, and waits for the host to do the same."""
+
+    def __init__(self, folder: Path, request: dict[str, Any], control: int, answers: int = 0) -> None:
+        self.folder = folder
+        self.request = request
+        self._control = control
+        self._answers = answers
+        self._observations = os.open(
+            folder / "observations.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+        )
+        self.sources: list[Callable[[], dict[str, Any]]] = []
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        engine: dict[str, Any] = self.request["engine"]
+        return engine
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        configuration: dict[str, Any] = self.request["configuration"]
+        return configuration
+
+    def exchange(self, *words: object) -> None:
+        """Write one control line and wait for the host's answer."""
+        os.write(self._control, (" ".join([protocol.CONTROL, *map(str, words)]) + "\n").encode())
+        answer = b""
+        while not answer.endswith(b"\n"):
+            piece = os.read(self._answers, 64)
+            if not piece:
+                raise HostGone
+            answer += piece
+
+    def phase(self, name: str, **extra: Any) -> dict[str, Any]:
+        """Observe at a phase from inside, keep it on disk whatever happens next, and let the host observe as well."""
+        seen = observe.observe(name) | extra
+        for source in self.sources:
+            seen.update(source())
+        os.write(self._observations, (json.dumps(seen, allow_nan=False) + "\n").encode())
+        self.exchange("phase", name)
+        return seen
