@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import tether
 from .errors import SparkRayError, UnavailableError
 from .execute import Slot, SlotLost, SlotRunner
 from .experiment import Experiment
 from .plan import Block
 from .store import Store
+from .worker import observe
 
 OBJECT_STORE_BYTES = 100 << 20  # Ray's default, 30 % of memory, is the pool under study
 _READY_TIMEOUT_S = 300
@@ -139,8 +143,11 @@ class RaySlots:
                 mend="start it with `ray start --head`, or use --local",
             ) from error
         self.dashboard_url: str | None = self._context.dashboard_url or None
+        self._tether: subprocess.Popen[bytes] | None = None
         try:
             self.slots: list[Slot] = list(self._make_slots())
+            if address is None:
+                self._tether = _tie_to_this_process()
         except BaseException:
             self.close()
             raise
@@ -191,3 +198,15 @@ class RaySlots:
             with contextlib.suppress(Exception):
                 remove_placement_group(self._group)
         ray.shutdown()
+        if self._tether is not None:
+            assert self._tether.stdin is not None  # noqa: S101  piped
+            self._tether.stdin.close()
+            self._tether.wait(timeout=30)
+
+
+def _tie_to_this_process() -> subprocess.Popen[bytes]:
+    """See `tether`: every process of the local Ray ends at once with this one, however that ends."""
+    started = [str(pid) for pid in observe.descendants(os.getpid()) if pid != os.getpid()]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(tether.__file__)), *started], stdin=subprocess.PIPE, start_new_session=True
+    )

@@ -63,7 +63,7 @@ class SlotRunner:
         self._root = RootActs()
         specs = {arm: experiment.arms[arm].environment for arm in arms}
         wants_docker = any(isinstance(spec, DockerEnvironment) for spec in specs.values())
-        client = image.connect() if wants_docker else None
+        self._client = client = image.connect() if wants_docker else None
         self._model = content.prepare_model(experiment)
         self._contents = {arm: content.prepare(spec, client) for arm, spec in specs.items()}
         known = sorted(p for p in self._model.rglob("*") if p.is_file()) if self._model else []
@@ -80,6 +80,8 @@ class SlotRunner:
 
     def close(self) -> None:
         self._treater.close()
+        if self._client is not None:
+            self._client.close()
 
     def _job(self, block: Block, arm: str, attempt: int) -> launch.Job:
         experiment, trial_id = self._experiment, block.trial_id(arm)

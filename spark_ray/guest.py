@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -111,7 +110,8 @@ class ContainerGuest:
         self._api = client.api
         self._errors = _docker_errors()
         self._buffer = b""
-        self._killed = False
+        self._keep: Any = None
+        self._socket: Any = None
         try:
             self.container_id = self._create(start.container)
         except self._errors as error:
@@ -121,10 +121,11 @@ class ContainerGuest:
                 self.container_id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             )
             self._keep = stream  # owns the descriptor
-            self._socket: socket.socket = getattr(stream, "_sock", stream)
+            self._socket = getattr(stream, "_sock", stream)
             self._api.start(self.container_id)
         except self._errors as error:
             self._remove()
+            self._hang_up()
             raise StartError(_explain(error)) from error
         self._socket.setblocking(True)
         self.control = self._socket.fileno()
@@ -183,7 +184,6 @@ class ContainerGuest:
         return {"container_id": self.container_id}
 
     def kill(self) -> None:
-        self._killed = True
         with contextlib.suppress(*self._errors):
             self._api.kill(self.container_id)
 
@@ -203,9 +203,15 @@ class ContainerGuest:
         except Exception as error:  # noqa: BLE001  the daemon may be gone: the attempt is then void, not the run
             details["inspect_error"] = _explain(error)
         self._remove()
-        with contextlib.suppress(OSError):
-            self._keep.close()
+        self._hang_up()
         return Ended(code, details)
+
+    def _hang_up(self) -> None:
+        """Close the attached connection; the engine then closes the worker's standard input (StdinOnce)."""
+        for part in (self._keep, self._socket):
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    part.close()
 
     def _remove(self) -> None:
         with contextlib.suppress(*self._errors):

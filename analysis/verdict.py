@@ -1,0 +1,143 @@
+"""The answer in plain words, first what must be known before the rest is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from spark_ray.units import format_bytes
+
+from . import statistics
+from .contrasts import TERMS
+
+_EXPLAINED = 0.25  # a cause is named as the cause when it leaves at most this share of the difference open
+MARGIN = 0.02
+"""Arms whose mean contrast lies surely within this are called equivalent. A convention, fixed before any data."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against the baseline, over the blocks in which both have a capacity."""
+
+    arm: str
+    baseline: str
+    contrast: statistics.Paired  # 1 - KV(arm) / KV(baseline)
+    equivalence_p: float | None
+    delta_bytes: float | None  # mean
+    predicted_bytes: float | None  # mean, by page cache alone; only over blocks that have a prediction
+    unpredicted_bytes: float | None
+    worst_unpredicted_bytes: float | None
+    terms: dict[str, float]  # mean bytes; a term that was never read is absent
+    complete_blocks: int
+    without_capacity: dict[str, int]  # blocks, by arm
+
+
+def _mean(values: pd.Series) -> float | None:
+    known = values.dropna()
+    return float(known.mean()) if len(known) else None
+
+
+def comparison(pairs: pd.DataFrame, arm: str, baseline: str) -> Comparison:
+    rows = pairs[pairs["arm"] == arm]
+    both = rows[rows["contrast"].notna()]
+    values = [float(value) for value in both["contrast"]]
+    terms = {name: mean for name in TERMS if (mean := _mean(both[f"term_{name}_bytes"])) is not None}
+    unpredicted = both["unpredicted_bytes"].dropna()
+    none = {"infeasible", "out_of_memory"}
+    return Comparison(
+        arm, baseline, statistics.paired(values), statistics.equivalence_p(values, MARGIN),
+        _mean(both["delta_kv_cache_bytes"]), _mean(both["predicted_delta_bytes"]), _mean(unpredicted),
+        float(unpredicted.abs().max()) if len(unpredicted) else None, terms, len(rows),
+        {arm: int(rows["outcome"].isin(none).sum()), baseline: int(rows["baseline_outcome"].isin(none).sum())},
+    )  # fmt: skip
+
+
+def percent(value: float | None) -> str:
+    """A share for people; the sign of a rounded zero is dropped.
+
+    >>> percent(0.0912), percent(-0.00049)
+    ('9.1 %', '−0.05 %')
+    """
+    if value is None:
+        return "–"
+    shown = f"{100 * value:.{2 if 0 < abs(value) < 0.001 else 1}f}"
+    return f"{shown.replace('-', '−') if float(shown) else '0.0'} %"
+
+
+def _interval(paired: statistics.Paired, sign: float) -> str:
+    if paired.low is None or paired.high is None:
+        return paired.note
+    low, high = sorted((sign * paired.low, sign * paired.high))
+    return f"95 % interval {percent(low)} to {percent(high)}"
+
+
+def _blocks(count: int) -> str:
+    return f"{count} block{'' if count == 1 else 's'}"
+
+
+def _because(found: Comparison) -> str:
+    """Which term of the law the difference comes from, and what page cache alone predicts."""
+    delta = found.delta_bytes
+    if delta is None or not found.terms or delta == 0:
+        return ""
+    name, size = max(found.terms.items(), key=lambda item: item[1] / delta)
+    if found.predicted_bytes is not None and found.unpredicted_bytes is not None and name == "page_cache":
+        cause = "It comes from page cache" if abs(found.unpredicted_bytes) <= _EXPLAINED * abs(delta) else "The largest term is page cache"
+        return (
+            f" {cause}: −fraction × Δ page cache predicts {format_bytes(abs(found.predicted_bytes))} "
+            f"{'less' if found.predicted_bytes < 0 else 'more'}, which leaves {format_bytes(abs(found.unpredicted_bytes))} of the mean to other memory."
+        )
+    if found.predicted_bytes is None and name == "view":
+        return f" It is what each arm's memory view counts as free, such as a limit: {format_bytes(abs(size))}."
+    return f" The largest term is {TERMS[name]}: {format_bytes(abs(size))}."
+
+
+def _difference(found: Comparison) -> str:
+    paired, delta = found.contrast, found.delta_bytes
+    assert paired.mean is not None  # noqa: S101
+    assert delta is not None  # noqa: S101
+    less = paired.mean >= 0
+    sign = 1.0 if less else -1.0
+    size = f"{format_bytes(abs(delta))} ({percent(abs(paired.mean))}, {_interval(paired, sign)})"
+    over = f"mean of {_blocks(paired.n)}" if paired.n > 1 else "one block"
+    return f"{found.arm} has {size} {'less' if less else 'more'} KV cache than {found.baseline}, {over}."
+
+
+def _no_difference(found: Comparison) -> str:
+    paired = found.contrast
+    text = (
+        f"No divergence shown between {found.arm} and {found.baseline}: the mean contrast over {_blocks(paired.n)} is "
+        f"{percent(paired.mean)} ({_interval(paired, 1.0)})."
+    )
+    if found.equivalence_p is not None and found.equivalence_p < 1 - statistics.CONFIDENCE:
+        return f"{text} Equivalent within ±{percent(MARGIN)} (TOST p = {found.equivalence_p:.2g})."
+    return f"{text} That they are equivalent within ±{percent(MARGIN)} is not shown either: more blocks would tell."
+
+
+def _capacity_only_in_one(found: Comparison) -> str:
+    parts = [
+        f"{arm} had no KV capacity in {count} of {_blocks(found.complete_blocks)}"
+        for arm, count in found.without_capacity.items()
+        if count
+    ]
+    return f" {'; '.join(parts)}." if parts else ""
+
+
+def sentence(found: Comparison, noise_floor: float | None = None) -> str:
+    """The verdict on one arm. `noise_floor`: largest contrast that two equal arms showed, where the run has such."""
+    paired = found.contrast
+    if paired.n == 0:
+        if found.complete_blocks == 0:
+            return f"No complete block of {found.arm} and {found.baseline}: there is no contrast."
+        return f"No block in which both {found.arm} and {found.baseline} have KV capacity: there is no contrast.{_capacity_only_in_one(found)}"
+    exact = paired.n > 1 and paired.sd == 0 and paired.mean != 0
+    if paired.n == 1 or paired.excludes_zero or exact:
+        text = _difference(found)
+        if noise_floor is not None and paired.mean is not None and abs(paired.mean) <= noise_floor:
+            text += f" Two equal arms of this run differ by up to {percent(noise_floor)}: this is not above the noise."
+        else:
+            text += _because(found)
+    else:
+        text = _no_difference(found)
+    return text + _capacity_only_in_one(found)

@@ -1,0 +1,105 @@
+"""Tiers: what a test needs is its marker; what this machine lacks is skipped with the reason, and listed.
+
+`--require-tiers a,b` turns a lack, or any skipped test of that tier, into a failure: CI passes every tier that its
+machine can have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+TIERS = ("process", "root", "docker", "ray", "embedded", "browser")
+
+
+def _lack_of(tier: str) -> str | None:
+    if tier == "root":
+        return None if os.geteuid() == 0 else "not root"
+    if tier == "docker":
+        from spark_ray import image
+        from spark_ray.errors import UnavailableError
+
+        try:
+            image.connect(timeout_s=10).close()
+        except UnavailableError as error:
+            return error.message
+        return None
+    if tier == "embedded":
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(missing)} not installed: pip install -e '.[embedded]'" if missing else None
+    if tier == "browser":
+        return None if shutil.which("chromium") or shutil.which("chromium-browser") else "no chromium"
+    return None
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-tiers", default="", help="comma-separated tiers that must run whole")
+
+
+def pytest_configure(config):
+    config.lacks = {tier: _lack_of(tier) for tier in TIERS}
+    config.ran = dict.fromkeys(TIERS, 0)
+    config.skipped = []
+    unknown = set(filter(None, config.getoption("--require-tiers").split(","))) - set(TIERS)
+    if unknown:
+        raise pytest.UsageError(f"no such tier: {', '.join(unknown)}")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for tier in TIERS:
+            if item.get_closest_marker(tier) and config.lacks[tier]:
+                item.add_marker(pytest.mark.skip(reason=f"tier {tier}: {config.lacks[tier]}"))
+    # Quick tiers first: a mistake shows in seconds, and the long end-to-end test comes last.
+    items.sort(key=lambda item: sum(1 << TIERS.index(t) for t in TIERS if item.get_closest_marker(t)))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    for tier in TIERS:
+        if item.get_closest_marker(tier):
+            if report.when == "call" and report.passed:
+                item.config.ran[tier] += 1
+            if report.skipped:
+                item.config.skipped.append((tier, item.nodeid))
+
+
+def _broken_promises(config):
+    required = [tier for tier in config.getoption("--require-tiers").split(",") if tier]
+    return [
+        f"tier {tier}: {config.lacks[tier] or 'no test ran' if not config.ran[tier] else 'tests were skipped'}"
+        for tier in required
+        if not config.ran[tier] or any(tier == skipped for skipped, _ in config.skipped)
+    ]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == 0 and _broken_promises(session.config):
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.section("tiers")
+    for tier in TIERS:
+        lack = config.lacks[tier]
+        terminalreporter.line(f"{tier:9} {config.ran[tier]:4} passed" + (f"   not run: {lack}" if lack else ""))
+    for broken in _broken_promises(config):
+        terminalreporter.line(f"REQUIRED BUT NOT WHOLE  {broken}", red=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Trees and models are made once a session and away from the user's own cache."""
+    folder = Path(os.environ.get("SPARK_RAY_TEST_CACHE") or tmp_path_factory.getbasetemp() / "cache")
+    old = os.environ.get("SPARK_RAY_CACHE")
+    os.environ["SPARK_RAY_CACHE"] = str(folder)
+    yield folder
+    if old is None:
+        del os.environ["SPARK_RAY_CACHE"]
+    else:
+        os.environ["SPARK_RAY_CACHE"] = old

@@ -1,0 +1,265 @@
+"""Real guests with the fake engine: every way they can end, in every environment, and what is left afterwards."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import experiment, experiment_data, guests_of, wait_until
+
+from spark_ray import image
+from spark_ray.execute import SlotRunner
+from spark_ray.experiment import Experiment
+from spark_ray.plan import make_block
+from spark_ray.store import RECORD, Store, copy_bundle, read_record
+from spark_ray.worker import protocol
+
+pytestmark = pytest.mark.process
+WORKER = Path(protocol.__file__).parent
+ENVIRONMENTS = [
+    "native",
+    pytest.param("chroot", marks=pytest.mark.root),
+    pytest.param("docker", marks=pytest.mark.docker),
+]
+
+
+class Bench:
+    """One run folder with one slot, and blocks on demand."""
+
+    def __init__(self, folder, made):
+        self.experiment = made
+        self.store = Store.create(folder, {}, {})
+        copy_bundle(WORKER, folder / "bundle" / protocol.PACKAGE)
+        self.runner = SlotRunner(folder, made, list(made.arms), "slot")
+        self.block = make_block(0, 0, {"max_batch_size": 4, "max_num_tokens": 512, "memory_fraction": 0.25}, 0, list(made.arms), 0)
+
+    def run(self, arm="a", attempt=1):
+        self.runner.run(self.block, arm, attempt)
+        return read_record(self.store.attempt_folder(self.block.trial_id(arm), attempt) / RECORD)
+
+    def close(self):
+        self.runner.close()
+        self.store.close()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    made = []
+
+    def make(first="native", **options):
+        made.append(Bench(tmp_path / f"run{len(made)}", experiment(arms=(first, "native"), **options)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+        assert guests_of(one.store.folder) == []
+        assert one.store.folder.name not in Path("/proc/self/mountinfo").read_text()
+
+
+def containers(folder):
+    client = image.connect()
+    try:
+        return client.containers.list(all=True, filters={"label": f"spark_ray.run={folder}"})
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_a_trial_is_measured_where_it_says(bench, environment):
+    one = bench(environment)
+    record = one.run()
+    assert record["outcome"]["kind"] == "ok", record["outcome"]
+    inside, outside = record["result"]["evidence"], record["host"]["outside"]
+    assert inside["root"] == outside["root"]
+    own_root = outside["root"] == outside["host"]["root"]
+    assert own_root == (environment == "native")
+    assert (outside["namespaces"]["pid"] != outside["host"]["namespaces"]["pid"]) == (environment == "docker")
+    if environment == "docker":
+        assert any(outside["container_id"] in line for line in outside["cgroup"])
+        assert containers(one.store.folder) == []
+    assert inside["bundle_sha256"] == record["bundle_sha256"]
+    assert [o["phase"] for o in record["inside"]] == ["after_load", "sizing", "end"]
+    assert [o["phase"] for o in record["host"]["observations"]] == ["before_launch", "after_load", "sizing", "end", "after_exit"]
+    assert record["result"]["measurements"]["engine"]["fake"] is True
+    kv = record["result"]["measurements"]["kv_cache"]
+    assert kv["bytes"] == (1 << 28) // (64 * 8192) * 64 * 8192
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize(
+    ("behaviour", "kind", "reason"),
+    [
+        ("segfault", "crashed", "SIGSEGV"),
+        ("exit", "crashed", "exit_3"),
+        ("raise", "engine_error", "RuntimeError"),
+        ("infeasible", "infeasible", "told_so"),
+        ("garbage", "engine_error", "no_capacity"),
+        ("hang", "timeout", "trial_timeout"),
+        ("stop", "timeout", "trial_timeout"),
+    ],
+)
+def test_each_bad_end_has_its_outcome_and_leaves_nothing(bench, environment, behaviour, kind, reason):
+    one = bench(environment, behaviour=behaviour, limits={"trial_timeout": "1500ms"} if kind == "timeout" else None)
+    record = one.run()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == (kind, reason)
+    assert [o["phase"] for o in record["inside"]][:1] == ["after_load"], "what a dying worker saw is kept"
+    assert guests_of(one.store.folder) == []
+    if environment == "docker":
+        assert containers(one.store.folder) == []
+    if behaviour == "raise":
+        assert "told to fail" in record["result"]["failure"]["traceback"]
+
+
+@pytest.mark.docker
+def test_a_container_out_of_memory_is_an_answer(tmp_path):
+    data = experiment_data(arms=("native", "native"), allocate="256MiB")
+    data["arms"]["a"]["environment"] = {"kind": "docker", "memory": "64MiB"}
+    one = Bench(tmp_path / "run", Experiment.model_validate(data))
+    record = one.run()
+    one.close()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("out_of_memory", "kernel_oom_kill")
+    assert record["host"]["end"]["oom_killed"] is True
+    assert record["host"]["exit_code"] == 137
+    assert containers(one.store.folder) == []
+
+
+@pytest.mark.docker
+def test_a_flag_the_engine_refuses_is_an_outcome_with_its_words(tmp_path):
+    data = experiment_data()
+    data["arms"]["a"]["environment"] = {"kind": "docker", "cpuset_cpus": "4000"}
+    one = Bench(tmp_path / "run", Experiment.model_validate(data))
+    record = one.run()
+    one.close()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("crashed", "start_refused")
+    assert "4000" in record["outcome"]["message"]
+    assert containers(one.store.folder) == []
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_a_kill_from_outside_is_disturbed_not_an_answer(bench, environment):
+    one = bench(environment, hold="20s")
+
+    def kill():
+        assert wait_until(lambda: len(guests_of(one.store.folder)) >= 2)
+        os.kill(max(guests_of(one.store.folder)), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    record = one.run()
+    killer.join()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "killed_from_outside")
+
+
+def test_a_stopped_slot_interrupts_its_guest(bench):
+    one = bench(hold="30s")
+    threading.Timer(0.5, one.runner.stop).start()
+    record = one.run()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "interrupted")
+    assert record["host"]["duration_s"] < 20
+
+
+def test_a_changed_worker_is_a_wrong_environment(bench):
+    one = bench()
+    engine = one.store.folder / "bundle" / protocol.PACKAGE / "engine_fake.py"
+    engine.write_text(engine.read_text() + "\n# changed after the run began\n")
+    record = one.run()
+    assert record["outcome"]["kind"] == "wrong_environment"
+    assert "differ from the run's bundle" in record["outcome"]["message"]
+
+
+@pytest.mark.root
+def test_a_native_label_on_a_chroot_is_found_out(bench, monkeypatch):
+    """The label says native; the process runs in the rootfs."""
+    from spark_ray.environments import chroot, native
+
+    one = bench("chroot")
+    monkeypatch.setattr(chroot, "contradictions", native.contradictions)
+    record = one.run()
+    assert record["outcome"]["kind"] == "wrong_environment"
+    assert "root is" in record["outcome"]["message"]
+
+
+def test_the_watchdog_ends_the_guest(bench):
+    one = bench(hold="30s", limits={"watchdog": "4096GiB"})
+    record = one.run()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("host_wedged", "watchdog")
+
+
+def test_grandchildren_do_not_outlive_the_worker(bench):
+    one = bench()
+    engine = one.store.folder / "bundle" / protocol.PACKAGE / "engine_fake.py"
+    text = engine.read_text()
+    spawn = "    import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True, env={'SPARK_RAY_TRIAL': str(talk.folder)})\n"
+    engine.write_text(text.replace('    talk.phase("after_load")\n', spawn + '    talk.phase("after_load")\n'))
+    one.run()
+    assert guests_of(one.store.folder) == []
+
+
+@pytest.mark.parametrize("mutation", ["missing field", "other attempt", "not json", "other version", "list", "unknown failure"])
+def test_a_broken_result_is_never_ok(bench, mutation):
+    one = bench()
+    engine = one.store.folder / "bundle" / protocol.PACKAGE / "__main__.py"
+    change = {
+        "missing field": "data.pop('evidence')",
+        "other attempt": "data['attempt'] = 99",
+        "not json": "data = 'x'; (folder / 'result.json').write_text('{'); os._exit(0)",
+        "other version": "data['protocol_version'] = 99",
+        "list": "data = []",
+        "unknown failure": "data['failure'] = {'kind': 'fine', 'reason': '', 'message': ''}",
+    }[mutation]
+    text = engine.read_text()
+    assert "    protocol.write_json(\n        folder / \"result.json\",\n        {" in text
+    text = text.replace("    protocol.write_json(\n        folder / \"result.json\",\n        {", "    data = (\n        {").replace(
+        '            "observer": {"clock": "CLOCK_MONOTONIC"},\n        },\n    )',
+        f'            "observer": {{"clock": "CLOCK_MONOTONIC"}},\n        }}\n    )\n    {change}\n    protocol.write_json(folder / "result.json", data)',
+    )
+    engine.write_text(text)
+    one.runner._bundle_sha256 = protocol.package_sha256(engine.parent)
+    record = one.run()
+    assert record["outcome"]["kind"] == "crashed", record["outcome"]
+    assert record["outcome"]["reason"] == "no_result"
+
+
+def test_the_worker_runs_on_a_bare_interpreter(tmp_path):
+    """`python -S`: no site-packages, nothing but the standard library."""
+    import subprocess
+    import sys
+
+    copy_bundle(WORKER, tmp_path / "bundle" / protocol.PACKAGE)
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    request = dict.fromkeys(protocol.REQUEST_FIELDS) | {
+        "protocol_version": protocol.PROTOCOL_VERSION, "trial_id": "t", "attempt": 1, "arm": "a",
+        "engine": {"kind": "fake", "behaviour": "ok", "kv_cache": 1 << 30}, "configuration": {"memory_fraction": 0.5},
+    }  # fmt: skip
+    protocol.write_json(folder / "request.json", request)
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-m", protocol.PACKAGE, str(folder)], env={"PYTHONPATH": str(tmp_path / "bundle")},
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    process.stdin.write(b"go\n" * 10)
+    process.stdin.flush()
+    assert process.wait(timeout=30) == 0, (folder / "worker.log").read_text()
+    process.stdin.close()
+    assert json.loads((folder / "result.json").read_text())["failure"] is None
+
+
+def test_a_worker_whose_host_never_answers_ends_when_its_input_closes(tmp_path):
+    import subprocess
+    import sys
+
+    copy_bundle(WORKER, tmp_path / "bundle" / protocol.PACKAGE)
+    request = dict.fromkeys(protocol.REQUEST_FIELDS) | {"protocol_version": 1, "engine": {"kind": "fake"}}
+    protocol.write_json(tmp_path / "request.json", request)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spark_ray_worker", str(tmp_path)], env={"PYTHONPATH": str(tmp_path / "bundle")},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert b"ready" in process.stdout.readline()
+    process.stdin.close()
+    assert process.wait(timeout=10) == 129
+    process.stdout.close()
+    assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,219 @@
+"""The command as a user meets it: exit codes, plain words, no traceback, no effect before the plan holds."""
+
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from helpers import experiment_data, write_yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, **variables):
+    done = subprocess.run(
+        [sys.executable, "-m", "spark_ray.sweep", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL, env={**os.environ, **variables},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def changed(data, path, value):
+    *folders, last = path.split(".")
+    place = data
+    for key in folders:
+        place = place[key]
+    place[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("search.samplr", "tpe", ["samplr", "did you mean sampler"]),
+        ("search.blocks", "many", ["search.blocks", "many"]),
+        ("search.space.max_batch_size", {"low": 9, "high": 2}, ["range is empty"]),
+        ("search.space.memory_fraction", {"low": 0.2, "high": 1.0}, ["memory_fraction", "1"]),
+        ("search.space.memory_fraction", 0.0, ["memory_fraction"]),
+        ("arms.a.environment", "dokcer", ["dokcer", "did you mean docker"]),
+        ("limits.trial_timeout", 60, ["limits.trial_timeout", "unit"]),
+    ],
+)
+def test_bad_input_is_exit_2_with_file_line_and_words(tmp_path, path, value, words):
+    file = write_yaml(tmp_path, changed(experiment_data(), path, value))
+    done = run(file, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{file}:" in done.stderr or f"{file.name}:" in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "run").exists(), "no effect"
+
+
+def embedded(tmp_path, model):
+    data = experiment_data()
+    data["engine"] = {"kind": "embedded"}
+    data["model"] = model
+    return write_yaml(tmp_path, data)
+
+
+@pytest.mark.parametrize("broken", ["absent", "no config", "bad config", "no weights", "torn weights"])
+def test_a_broken_model_folder_is_found_before_any_effect(tmp_path, broken):
+    folder = tmp_path / "model"
+    if broken != "absent":
+        folder.mkdir()
+        (folder / "config.json").write_text("{" if broken == "bad config" else '{"model_type": "llama"}')
+        (folder / "model.safetensors").write_bytes(b"\xff" * 20)
+        if broken == "no config":
+            (folder / "config.json").unlink()
+        if broken == "no weights":
+            (folder / "model.safetensors").unlink()
+    done = run(embedded(tmp_path, {"path": str(folder)}), "--out", tmp_path / "run")
+    assert done.returncode == 3
+    assert str(folder) in done.stderr
+    assert "mend:" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_required_docker_without_daemon_is_exit_3_and_an_optional_one_is_a_notice(tmp_path):
+    data = experiment_data(arms=("native", "native", "docker"))
+    path = write_yaml(tmp_path, data)
+    nowhere = {"DOCKER_HOST": f"unix://{tmp_path}/no.sock"}
+    done = run(path, "--out", tmp_path / "run", **nowhere)
+    assert done.returncode == 3
+    assert "arm c" in done.stderr
+    assert not (tmp_path / "run").exists()
+    data["arms"]["c"]["required"] = False
+    done = run(write_yaml(tmp_path, data), "--local", "--out", tmp_path / "run", **nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "left out" in done.stdout
+
+
+@pytest.mark.docker
+def test_a_missing_image_is_named_with_the_mend(tmp_path):
+    data = experiment_data()
+    data["arms"]["a"]["environment"] = {"kind": "docker", "image": "spark_ray/no-such-image:1"}
+    done = run(write_yaml(tmp_path, data), "--out", tmp_path / "run")
+    assert done.returncode == 3
+    assert "spark_ray/no-such-image:1" in done.stderr
+    assert "docker pull" in done.stderr
+
+
+DROP = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); os.environ['HOME'] = sys.argv[1]; os.chdir(sys.argv[1])\n"
+SWEEP = "from spark_ray import sweep\n"
+MAIN = "sys.exit(sweep.main(sys.argv[2:]))\n"
+
+
+@pytest.fixture
+def home():
+    """A folder of an ordinary user; pytest's own folders are private to root."""
+    folder = Path(tempfile.mkdtemp(prefix="spark_ray-home-"))
+    os.chown(folder, 65534, 65534)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.root
+def test_no_permission_is_said_to_an_ordinary_user(home):
+    """Without root, sudo or the docker group; modules are loaded first, as the interpreter may be root's own."""
+    path = write_yaml(home, experiment_data(arms=("native", "chroot")))
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP + DROP + MAIN, str(home), str(path), "--out", str(home / "run")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "chroot needs root" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (home / "run").exists()
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; every other run of yours shows the same")
+def test_an_ordinary_user_runs_native_arms_and_is_warned(home):
+    """With the system's Python, which others may execute, over this environment's packages."""
+    packages = [str(ROOT), *site.getsitepackages()]
+    python = next((p for p in ("/usr/bin/python3", sys.executable) if _others_may_run(p, packages)), None)
+    if python is None:
+        pytest.skip("no Python of this version that another user may execute")
+    data = experiment_data(blocks=1)
+    for arm in data["arms"].values():
+        arm["treatment"] = {}
+    done = subprocess.run(
+        [python, "-c", "import os, sys\n" + DROP + SWEEP + MAIN, str(home), str(write_yaml(home, data)), "--local", "--out", str(home / "run")],
+        capture_output=True, text=True, timeout=60, check=False, env={"PYTHONPATH": ":".join(packages), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "page_cache: drop needs root" in done.stdout
+    assert (home / "run" / "report.html").exists()
+
+
+def _others_may_run(python, packages):
+    probe = "import os; os.setgid(65534); os.setuid(65534); import pandas, pydantic_core, optuna, spark_ray.sweep, subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
+    environment = {"PYTHONPATH": ":".join(packages), "PATH": os.environ["PATH"], "HOME": "/tmp"}
+    return subprocess.run([python, "-c", probe], capture_output=True, check=False, env=environment, timeout=60).returncode == 0
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(write_yaml(tmp_path, experiment_data()), "--local", "--out", tmp_path / "file" / "run")
+    assert done.returncode == 2
+    assert "cannot create" in done.stderr
+
+
+@pytest.mark.process
+def test_json_is_alone_on_standard_output(tmp_path):
+    done = run(write_yaml(tmp_path, experiment_data(blocks=1)), "--local", "--json", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["name"] == "test"
+
+
+@pytest.mark.process
+def test_too_many_failures_is_exit_4_and_answers_are_not_failures(tmp_path):
+    done = run(write_yaml(tmp_path, experiment_data(blocks=1, behaviour="exit")), "--local", "--out", tmp_path / "bad")
+    assert done.returncode == 4
+    done = run(write_yaml(tmp_path, experiment_data(blocks=1, behaviour="infeasible")), "--local", "--out", tmp_path / "full")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.process
+def test_the_watchdog_is_exit_5(tmp_path):
+    data = experiment_data(blocks=1, hold="20s", limits={"watchdog": "4096GiB"})
+    done = run(write_yaml(tmp_path, data), "--local", "--out", tmp_path / "run")
+    assert done.returncode == 5
+    assert "mend:" in done.stderr
+
+
+@pytest.mark.process
+def test_resume_refuses_another_experiment_and_shows_the_difference(tmp_path):
+    path = write_yaml(tmp_path, experiment_data(blocks=1))
+    assert run(path, "--local", "--out", tmp_path / "run").returncode == 0
+    done = run(path, "--local", "--out", tmp_path / "run", "--resume", "--set", "seed=5")
+    assert done.returncode == 2
+    assert '"seed": 5' in done.stderr
+    done = run(path, "--local", "--out", tmp_path / "run", "--resume", "--set", "search.blocks=2")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run" / "blocks").iterdir())) == 2
+    again = run(path, "--local", "--out", tmp_path / "run")
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_experiment_plans(path, tmp_path):
+    done = run(path, "--plan", "--out", tmp_path / "run")
+    assert done.returncode in (0, 3), done.stderr
+    assert "plan " in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_cluster_file_plans_its_slots(tmp_path):
+    path = write_yaml(tmp_path, experiment_data())
+    done = run(path, "--plan", "--cluster", ROOT / "cluster.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "slots" in done.stdout
+    assert "head, worker-1" in done.stdout
