@@ -50,6 +50,10 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def _points(change: float) -> str:
+    return f"{abs(100 * change):.2g} percentage points {'larger' if change > 0 else 'smaller'}"
+
+
 def _names(values: pd.Series) -> str:
     found = [str(value) for value in values]
     return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
@@ -71,7 +75,9 @@ def _engine(seen: Evidence) -> Iterator[Finding]:
         chosen = seen.trials[seen.trials["arm"].isin([seen.baseline, seen.against])]
         found = sorted(chosen[values].dropna().unique())
         if len(found) > 1:
-            yield Finding("doubt", f"The compared arms size their pools by different {what}: {', '.join(found)}.")
+            yield Finding(
+                "doubt", f"The compared arms size their pools by different {what}: {', '.join(found)}."
+            )
 
 
 def _completeness(seen: Evidence) -> Iterator[Finding]:
@@ -84,7 +90,9 @@ def _completeness(seen: Evidence) -> Iterator[Finding]:
         text_ = f"The compared arms both have a capacity in {_plural(len(both), 'block')}: no interval can be given."
         yield Finding("grave", text_)
     elif len(both) < 6:
-        yield Finding("doubt", f"{len(both)} blocks are few: the interval rests on the t distribution being right.")
+        yield Finding(
+            "doubt", f"{len(both)} blocks are few: the interval rests on the t distribution being right."
+        )
     left_out = at(seen.plan, "left_out")
     for arm, why in left_out.items() if isinstance(left_out, Mapping) else ():
         severity: Severity = "grave" if arm in {seen.baseline, seen.against} else "note"
@@ -94,40 +102,61 @@ def _completeness(seen: Evidence) -> Iterator[Finding]:
 def _attempts(seen: Evidence) -> Iterator[Finding]:
     void = seen.trials[seen.trials["outcome"].isin(list(VOID))]
     if len(void):
-        yield Finding("note", f"{_plural(len(void), 'attempt')} disturbed ({_names(void['trial_id'])}); each such block ran again as a whole.")
+        yield Finding(
+            "note",
+            f"{_plural(len(void), 'attempt')} disturbed ({_names(void['trial_id'])}); each such block ran again as a whole.",
+        )
     spare = int(seen.trials["superseded"].fillna(True).sum())
     if spare:
         yield Finding("note", f"{_plural(spare, 'attempt')} superseded: on record below, in no number above.")
     valid = _valid(seen.trials)
     failed = valid[~valid["outcome"].isin(list(ANSWERS))]
     if len(failed):
-        yield Finding("doubt", f"{_plural(len(failed), 'trial')} failed ({_names(failed['trial_id'])}): their blocks are missing from the contrast, and not at random.")
+        yield Finding(
+            "doubt",
+            f"{_plural(len(failed), 'trial')} failed ({_names(failed['trial_id'])}): their blocks are missing from the contrast, and not at random.",
+        )
     for _, row in seen.trials[seen.trials["outcome"] == "host_wedged"].iterrows():
         yield Finding("grave", f"The watchdog ended {row['trial_id']}: the host ran out of memory.")
     one_sided = seen.pairs[(seen.pairs["arm"] == seen.against) & seen.pairs["contrast"].isna()]
     if len(one_sided):
-        yield Finding("doubt", f"In {_plural(len(one_sided), 'complete block')} at least one compared arm has no capacity: the mean is over the others only.")
+        yield Finding(
+            "doubt",
+            f"In {_plural(len(one_sided), 'complete block')} at least one compared arm has no capacity: the mean is over the others only.",
+        )
 
 
 def _host(seen: Evidence) -> Iterator[Finding]:
     trials = seen.trials
     unreached = trials[~trials["wait_reached"].fillna(True)]
     if len(unreached):
-        yield Finding("doubt", f"Memory had not come back before {_plural(len(unreached), 'attempt')} ({_names(unreached['trial_id'])}).")
+        yield Finding(
+            "doubt",
+            f"Memory had not come back before {_plural(len(unreached), 'attempt')} ({_names(unreached['trial_id'])}).",
+        )
     if (trials["swap_used_bytes"].fillna(0) > 0).any():
-        yield Finding("doubt", f"Swap was in use, up to {format_bytes(int(trials['swap_used_bytes'].max()))}: memory can hide there.")
+        yield Finding(
+            "doubt",
+            f"Swap was in use, up to {format_bytes(int(trials['swap_used_bytes'].max()))}: memory can hide there.",
+        )
     totals = trials["sizing_mem_total_bytes"].dropna()
     if (trials["mem_total_change_bytes"].fillna(0) > 0).any() or totals.nunique() > 1:
-        yield Finding("doubt", "MemTotal changed during the run: the law's total is not the same in all trials.")
+        yield Finding(
+            "doubt", "MemTotal changed during the run: the law's total is not the same in all trials."
+        )
     killed = int((trials["oom_kills"].fillna(0) > 0).sum())
     if killed:
         yield Finding("note", f"The kernel killed for memory during {_plural(killed, 'attempt')}.")
     unread = trials[~trials["outside_readable"].fillna(True)]
     if len(unread):
-        yield Finding("doubt", f"From outside, the root of {_plural(len(unread), 'worker')} could not be read: where it ran rests on its own word.")
+        yield Finding(
+            "doubt",
+            f"From outside, the root of {_plural(len(unread), 'worker')} could not be read: where it ran rests on its own word.",
+        )
     cost = max((trials["sampling_cpu_s"] / trials["duration_s"]).dropna(), default=0.0)
     if cost > _SAMPLING_SHARE:
         yield Finding("note", f"Sampling cost up to {cost:.1%} of one core.")
+
 
 def _quiet(seen: Evidence) -> Iterator[Finding]:
     """Whether anyone else was moving memory."""
@@ -135,14 +164,20 @@ def _quiet(seen: Evidence) -> Iterator[Finding]:
     others = valid["sizing_other_anon_bytes"].dropna()
     if len(others) and others.max() - others.min() > _QUIET_BYTES:
         low, high = format_bytes(int(others.min())), format_bytes(int(others.max()))
-        yield Finding("doubt", f"The host was not quiet: other processes held between {low} and {high} at the moments of sizing.")
+        yield Finding(
+            "doubt",
+            f"The host was not quiet: other processes held between {low} and {high} at the moments of sizing.",
+        )
     fallen = []
     for trial_id, attempt in zip(valid["trial_id"], valid["attempt"], strict=True):
         cached = seen.samples.get(f"{trial_id}-{attempt}", pd.DataFrame()).get("cached_bytes")
         if cached is not None and (cached.cummax() - cached).max() > _QUIET_BYTES:
             fallen.append(trial_id)
     if fallen:
-        yield Finding("doubt", f"Page cache fell by more than {format_bytes(_QUIET_BYTES)} while {_plural(len(fallen), 'attempt')} ran ({_names(pd.Series(fallen))}): someone else dropped or reclaimed it.")
+        yield Finding(
+            "doubt",
+            f"Page cache fell by more than {format_bytes(_QUIET_BYTES)} while {_plural(len(fallen), 'attempt')} ran ({_names(pd.Series(fallen))}): someone else dropped or reclaimed it.",
+        )
 
 
 def _warnings(seen: Evidence) -> Iterator[Finding]:
@@ -158,21 +193,36 @@ def _design(seen: Evidence) -> Iterator[Finding]:
     values, first = [float(v) for v in rows["contrast"]], [bool(v) for v in rows["before_baseline"]]
     ahead = sum(first)
     if len(first) > 1 and abs(2 * ahead - len(first)) > 1:
-        yield Finding("doubt", f"The order is not balanced: {seen.against} ran before {seen.baseline} in {ahead} of {len(first)} blocks.")
+        yield Finding(
+            "doubt",
+            f"The order is not balanced: {seen.against} ran before {seen.baseline} in {ahead} of {len(first)} blocks.",
+        )
     order = statistics.order_effect(values, first)
     if order is not None and order.p < _SIGNIFICANT:
-        yield Finding("doubt", f"The order matters: the contrast is {order.size:+.1%} larger where {seen.against} ran first (p = {order.p:.2g}).")
+        yield Finding(
+            "doubt",
+            f"The order matters: where {seen.against} ran first the contrast is {_points(order.size)} (p = {order.p:.2g}).",
+        )
     drift = statistics.trend(values, [float(v) for v in rows["block_index"]])
     if drift is not None and drift.p < _SIGNIFICANT:
-        yield Finding("doubt", f"The contrast drifts by {drift.size:+.2%} a block (p = {drift.p:.2g}); with a search this may be the configurations.")
+        yield Finding(
+            "doubt",
+            f"The contrast drifts, each block {_points(drift.size)} than the one before (p = {drift.p:.2g}); in a search this may be the configurations.",
+        )
     lag = statistics.autocorrelation(values)
     if lag is not None and lag > 0:
         worth = statistics.effective_n(len(values), lag)
         if worth < len(values) / 2:
-            yield Finding("doubt", f"Neighbouring blocks resemble each other (lag-1 autocorrelation {lag:.2f}): {len(values)} blocks are worth about {worth:.1f}.")
+            yield Finding(
+                "doubt",
+                f"Neighbouring blocks resemble each other (lag-1 autocorrelation {lag:.2f}): {len(values)} blocks are worth about {worth:.1f}.",
+            )
     twins = seen.trials.groupby("arm")["setup"].first()
     if twins.duplicated().sum() == 0 and len(seen.trials):
-        yield Finding("note", "No two arms are the same (A/A): the noise floor of this host was not measured in this run.")
+        yield Finding(
+            "note",
+            "No two arms are the same (A/A): the noise floor of this host was not measured in this run.",
+        )
 
 
 def _law(seen: Evidence) -> Iterator[Finding]:
@@ -180,7 +230,10 @@ def _law(seen: Evidence) -> Iterator[Finding]:
     block_bytes = ok["kv_block_tokens"] * ok["kv_bytes_per_token"]
     off = (ok["kv_cache_bytes"] - ok["sizing_available_bytes"]).abs() > block_bytes
     if off.any():
-        yield Finding("doubt", f"KV capacity is more than one block off its sizing law in {_plural(int(off.sum()), 'trial')} ({_names(ok['trial_id'][off])}).")
+        yield Finding(
+            "doubt",
+            f"KV capacity is more than one block off its sizing law in {_plural(int(off.sum()), 'trial')} ({_names(ok['trial_id'][off])}).",
+        )
     law = ok["sizing_fraction"] * (ok["sizing_free_bytes"] - ok["sizing_transient_bytes"])
     if ((law.clip(lower=0) - ok["sizing_available_bytes"]).abs() > 2).any():
         yield Finding("doubt", "The recorded sizing terms do not reproduce the recorded pool size.")
@@ -198,12 +251,21 @@ def _law(seen: Evidence) -> Iterator[Finding]:
 
 def _fingerprint(seen: Evidence) -> Iterator[Finding]:
     if seen.rivals:
-        yield Finding("doubt", f"The compared arms differ in {_plural(seen.rivals, 'recorded property').replace('propertys', 'properties')} beside what makes them arms; each is a rival explanation (fingerprint below).")
+        yield Finding(
+            "doubt",
+            f"The compared arms differ in {_plural(seen.rivals, 'recorded property').replace('propertys', 'properties')} beside what makes them arms; each is a rival explanation (fingerprint below).",
+        )
     overrides = at(seen.plan, "overrides")
     if isinstance(overrides, list) and overrides:
-        yield Finding("note", f"The experiment was changed on the command line: {', '.join(text(o) or '?' for o in overrides)}.")
+        yield Finding(
+            "note",
+            f"The experiment was changed on the command line: {', '.join(text(o) or '?' for o in overrides)}.",
+        )
     if len(seen.arms) > 2:
-        yield Finding("note", f"{len(seen.arms) - 1} arms are compared with one baseline; only {seen.against} was named beforehand, and the intervals are not adjusted for the others.")
+        yield Finding(
+            "note",
+            f"{len(seen.arms) - 1} arms are compared with one baseline; only {seen.against} was named beforehand, and the intervals are not adjusted for the others.",
+        )
 
 
 def findings(seen: Evidence) -> list[Finding]:

@@ -68,7 +68,9 @@ def sees_mem_free(row: Any) -> bool:
     """Whether what this engine took for free was MemFree itself, plus or minus what its view says; no limit ruled."""
     free, mem_free = _known(row["sizing_free_bytes"]), _known(row["sizing_mem_free_bytes"])
     view = row["sizing_view"]
-    return not pd.isna(view) and (view in {"memfree", "memavailable"} or (view == "cgroup" and free == mem_free))
+    return not pd.isna(view) and (
+        view in {"memfree", "memavailable"} or (view == "cgroup" and free == mem_free)
+    )
 
 
 def law_holds(row: Any) -> bool:
@@ -80,7 +82,13 @@ def decompose(base: Any, arm: Any) -> dict[str, float | None]:
     terms: dict[str, float | None] = dict.fromkeys(TERMS)
     kv, free = _delta(base, arm, "kv_cache_bytes"), _delta(base, arm, "sizing_free_bytes")
     transient, fraction = _delta(base, arm, "sizing_transient_bytes"), _known(base["sizing_fraction"])
-    if kv is None or free is None or transient is None or fraction is None or not (law_holds(base) and law_holds(arm)):
+    if (
+        kv is None
+        or free is None
+        or transient is None
+        or fraction is None
+        or not (law_holds(base) and law_holds(arm))
+    ):
         return terms
     if sees_mem_free(base) and sees_mem_free(arm):
         mem_free = _delta(base, arm, "sizing_mem_free_bytes")
@@ -140,5 +148,7 @@ def pairs(trials: pd.DataFrame, arms: Sequence[str], baseline: str) -> pd.DataFr
     for _, block in valid.groupby("block_id", sort=False):
         by_arm = {str(row["arm"]): row for _, row in block.iterrows()}
         if baseline in by_arm:
-            rows += [_pair(by_arm[baseline], by_arm[arm]) for arm in arms if arm in by_arm and arm != baseline]
+            rows += [
+                _pair(by_arm[baseline], by_arm[arm]) for arm in arms if arm in by_arm and arm != baseline
+            ]
     return table(rows, _KINDS)

@@ -17,7 +17,14 @@ from .contrasts import CONFIGURATION, TERMS
 from .verdict import Comparison
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "hexagon")
+_SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "triangle-up",
+    "triangle-down",
+    "star",
+)  # as many as are coprime to the colours
 _NEUTRAL = "#888888"
 _PARTS = {
     "tree_pss_anon_bytes": ("the worker, anonymous", "#0072B2"),
@@ -63,23 +70,43 @@ def _gib(values: pd.Series) -> list[float | None]:
 
 def _finish(figure: go.Figure, height: int, above: int = 0, **layout: Any) -> go.Figure:
     """Common looks. `above`: pixels between the panels and the legend, for panel titles."""
-    legend = {"orientation": "h", "yanchor": "bottom", "y": 1 + above / (height - 160), "xanchor": "left", "x": 0}
-    common = {"margin": {"l": 60, "r": 15, "t": 60, "b": 50}, "legend": legend, "font": {"size": 12}, "hovermode": "closest"}
+    legend = {
+        "orientation": "h",
+        "yanchor": "bottom",
+        "y": 1 + above / (height - 160),
+        "xanchor": "left",
+        "x": 0,
+    }
+    common = {
+        "margin": {"l": 60, "r": 15, "t": 60, "b": 50},
+        "legend": legend,
+        "font": {"size": 12},
+        "hovermode": "closest",
+    }
     clear = "rgba(0,0,0,0)"
-    return figure.update_layout(
-        template="none", height=height, paper_bgcolor=clear, plot_bgcolor=clear, **(common | layout)
-    ).update_xaxes(automargin=True, showgrid=False).update_yaxes(automargin=True)
+    return (
+        figure.update_layout(
+            template="none", height=height, paper_bgcolor=clear, plot_bgcolor=clear, **(common | layout)
+        )
+        .update_xaxes(automargin=True, showgrid=False)
+        .update_yaxes(automargin=True)
+    )
 
 
 def _configuration(row: Any) -> str:
     found = {name: row[name] for name in CONFIGURATION if not pd.isna(row[name])}
     short = {"max_batch_size": "batch", "max_num_tokens": "tokens", "memory_fraction": "fraction"}
-    return ", ".join(f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}" for name, value in found.items())
+    return ", ".join(
+        f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}"
+        for name, value in found.items()
+    )
 
 
 def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
     """KV capacity of every arm in every block; a missing capacity is a cross, not a hole."""
-    valid = trials[~trials["superseded"].fillna(True)].sort_values(["memory_fraction", "max_num_tokens", "block_id"])
+    valid = trials[~trials["superseded"].fillna(True)].sort_values(
+        ["memory_fraction", "max_num_tokens", "block_id"]
+    )
     if valid.empty:
         return None
     figure = go.Figure()
@@ -90,7 +117,10 @@ def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
             line={"color": _NEUTRAL, "width": 1}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     for arm in style.arms:
-        mine, missing = sized[sized["arm"] == arm], valid[(valid["arm"] == arm) & ~valid.index.isin(sized.index)]
+        mine, missing = (
+            sized[sized["arm"] == arm],
+            valid[(valid["arm"] == arm) & ~valid.index.isin(sized.index)],
+        )
         marker = {"color": style.colour(arm), "symbol": style.symbol(arm), "size": 9}
         figure.add_scatter(
             x=[safe(b) for b in mine["block_id"]], y=_gib(mine["kv_cache_bytes"]), mode="markers", name=safe(arm), marker=marker,
@@ -138,7 +168,12 @@ def contrast(pairs: pd.DataFrame, comparisons: Sequence[Comparison], style: Styl
     figure.update_xaxes(zeroline=False, ticksuffix=" %").update_yaxes(range=[-0.6, 1.6])
     figure.update_xaxes(title_text="KV capacity lacking against the baseline", row=len(shown), col=1)
     caption = "Right of the dotted zero: less capacity than the baseline. The bar is the 95 % t interval of the mean; one that covers zero shows no divergence. Each arm has its own scale."
-    return Figure("contrast", "Paired contrast by arm", caption, _finish(figure, 90 + 130 * len(shown), margin={"l": 60, "r": 15, "t": 30, "b": 50}))
+    return Figure(
+        "contrast",
+        "Paired contrast by arm",
+        caption,
+        _finish(figure, 90 + 130 * len(shown), margin={"l": 60, "r": 15, "t": 30, "b": 50}),
+    )
 
 
 def prediction(pairs: pd.DataFrame, style: Style) -> Figure | None:
@@ -151,7 +186,11 @@ def prediction(pairs: pd.DataFrame, style: Style) -> Figure | None:
     known = [value for value in every if value is not None]
     pad = 0.05 * (max(known) - min(known)) + 0.05
     ends, band = [min(known) - pad, max(known) + pad], 32 * MIB / GIB
-    for shift, dash, name in ((0.0, "solid", "measured = predicted"), (band, "dot", "± 32 MiB"), (-band, "dot", "")):
+    for shift, dash, name in (
+        (0.0, "solid", "measured = predicted"),
+        (band, "dot", "± 32 MiB"),
+        (-band, "dot", ""),
+    ):
         figure.add_scatter(x=ends, y=[end + shift for end in ends], mode="lines", name=name, showlegend=bool(name),
                            line={"color": _NEUTRAL, "dash": dash, "width": 1}, hoverinfo="skip")  # fmt: skip
     for arm in style.arms:
@@ -185,14 +224,24 @@ def decomposition(found: Comparison) -> Figure | None:
     levels = [sum(sizes[:place]) / GIB for place in range(len(sizes))]
     pad = 0.25 * (max(levels) - min(levels))  # room for the labels
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(title="difference in KV capacity (GiB), mean over blocks", range=[min(levels) - pad, max(levels) + pad])
+    figure.update_xaxes(
+        title="difference in KV capacity (GiB), mean over blocks",
+        range=[min(levels) - pad, max(levels) + pad],
+    )
     caption = f"From {found.baseline} to {found.arm}, along the engine's sizing law. Orange takes capacity away, green gives it; the terms add up to the grey bar exactly."
-    return Figure("decomposition", "Where the difference comes from", caption, _finish(figure, 130 + 42 * len(names), showlegend=False, margin={"l": 10, "r": 15, "t": 20, "b": 50}))
+    return Figure(
+        "decomposition",
+        "The difference, term by term",
+        caption,
+        _finish(figure, 130 + 42 * len(names), showlegend=False, margin={"l": 10, "r": 15, "t": 20, "b": 50}),
+    )
 
 
 def phases(table: pd.DataFrame, block_id: str, style: Style) -> Figure | None:
     """What is not free at each phase, stacked, one panel per arm."""
-    rows = table[(table["block_id"] == block_id) & (table["side"] == "outside") & ~table["superseded"].fillna(True)]
+    rows = table[
+        (table["block_id"] == block_id) & (table["side"] == "outside") & ~table["superseded"].fillna(True)
+    ]
     arms = [arm for arm in style.arms if (rows["arm"] == arm).any()]
     if not arms:
         return None
@@ -211,18 +260,31 @@ def phases(table: pd.DataFrame, block_id: str, style: Style) -> Figure | None:
             )  # fmt: skip
     figure.update_layout(barmode="stack").update_xaxes(tickangle=-40)
     figure.update_yaxes(title_text="GiB not free", col=1)
-    caption = f"Block {block_id}, read by the host at each phase of the worker. What is missing to MemTotal is free."
-    return Figure("phases", "Memory at each phase", caption, _finish(figure, 140 + 280 * lines, above=35, margin={"l": 60, "r": 15, "t": 100, "b": 60}))
+    caption = f"Block {block_id}, read by the host at each phase of the worker. What is missing to MemTotal is free, or in no counter."
+    return Figure(
+        "phases",
+        "Memory at each phase",
+        caption,
+        _finish(figure, 140 + 280 * lines, above=35, margin={"l": 60, "r": 15, "t": 100, "b": 60}),
+    )
 
 
-def timeline(samples: Mapping[str, pd.DataFrame], table: pd.DataFrame, block_id: str, style: Style) -> Figure | None:
+def timeline(
+    samples: Mapping[str, pd.DataFrame], table: pd.DataFrame, block_id: str, style: Style
+) -> Figure | None:
     """MemFree and page cache over the attempts of one block, with the moment of sizing."""
-    rows = table[(table["block_id"] == block_id) & (table["side"] == "outside") & ~table["superseded"].fillna(True)]
+    rows = table[
+        (table["block_id"] == block_id) & (table["side"] == "outside") & ~table["superseded"].fillna(True)
+    ]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for arm in style.arms:
         mine = rows[rows["arm"] == arm]
         series = samples.get(f"{mine['trial_id'].iloc[0]}-{mine['attempt'].iloc[0]}") if len(mine) else None
-        if series is None or not {"monotonic_s", "mem_free_bytes", "cached_bytes"} <= set(series) or series["monotonic_s"].dropna().empty:
+        if (
+            series is None
+            or not {"monotonic_s", "mem_free_bytes", "cached_bytes"} <= set(series)
+            or series["monotonic_s"].dropna().empty
+        ):
             continue
         start, colour = float(series["monotonic_s"].dropna().iloc[0]), style.colour(arm)
         seconds = [None if pd.isna(v) else float(v) - start for v in series["monotonic_s"]]
@@ -238,7 +300,9 @@ def timeline(samples: Mapping[str, pd.DataFrame], table: pd.DataFrame, block_id:
             )  # fmt: skip
     if not figure.data:
         return None
-    figure.update_yaxes(title_text="MemFree (GiB)", row=1, col=1).update_yaxes(title_text="Cached (GiB)", row=2, col=1)
+    figure.update_yaxes(title_text="MemFree (GiB)", row=1, col=1).update_yaxes(
+        title_text="Cached (GiB)", row=2, col=1
+    )
     figure.update_xaxes(title_text="seconds since the worker was started", row=2, col=1)
     caption = f"Block {block_id}: what the host saw while each arm ran. The marker is the moment at which the engine read free memory and sized its pool."
     return Figure("timeline", "Host memory over time", caption, _finish(figure, 520))

@@ -66,7 +66,11 @@ def _libraries(records: Iterable[Record]) -> set[str]:
     found: set[str] = set()
     for record in records:
         listed = at(record, "result", "evidence", "libraries")
-        found |= {text(each) or "" for each in listed if isinstance(each, str)} if isinstance(listed, list) else set()
+        found |= (
+            {text(each) or "" for each in listed if isinstance(each, str)}
+            if isinstance(listed, list)
+            else set()
+        )
     return found
 
 
@@ -76,7 +80,8 @@ def _library_row(by_arm: Mapping[str, Sequence[Record]]) -> Row | None:
     if not any(loaded):
         return None
     values = tuple(
-        f"{len(each)} libraries" + (f"; only here or not everywhere: {', '.join(sorted(each - common)[:12])}" if each - common else "")
+        f"{len(each)} libraries"
+        + (f"; only here or not everywhere: {', '.join(sorted(each - common)[:12])}" if each - common else "")
         for each in loaded
     )
     return Row("libraries", values, any(each != common for each in loaded), expected=False)
@@ -86,7 +91,11 @@ def _value(seen: list[dict[str, str]], name: str) -> str:
     values = {each[name] for each in seen if name in each}
     if not values:
         return ABSENT
-    return values.pop() if len(values) == 1 else f"varies: {', '.join(sorted(values)[:3])}{', …' if len(values) > 3 else ''}"
+    return (
+        values.pop()
+        if len(values) == 1
+        else f"varies: {', '.join(sorted(values)[:3])}{', …' if len(values) > 3 else ''}"
+    )
 
 
 def compare(records: Iterable[Record], arms: Sequence[str]) -> list[Row]:
@@ -105,7 +114,14 @@ def compare(records: Iterable[Record], arms: Sequence[str]) -> list[Row]:
     libraries = _library_row(by_arm)
     if libraries is not None:
         filled = dict(zip(by_arm, libraries.values, strict=True))
-        rows.append(Row(libraries.name, tuple(filled.get(arm, ABSENT) for arm in arms), libraries.differs, expected=False))
+        rows.append(
+            Row(
+                libraries.name,
+                tuple(filled.get(arm, ABSENT) for arm in arms),
+                libraries.differs,
+                expected=False,
+            )
+        )
     return sorted(rows, key=lambda row: (not row.differs, row.expected, row.name))
 
 

@@ -262,11 +262,19 @@ def samples(folder: Path) -> pd.DataFrame | None:
     except (OSError, ValueError, RecursionError):
         return None
     fields, rows = at(data, "fields"), at(data, "rows")
-    if not isinstance(fields, list) or not all(isinstance(name, str) for name in fields) or not isinstance(rows, list):
+    if (
+        not isinstance(fields, list)
+        or not all(isinstance(name, str) for name in fields)
+        or not isinstance(rows, list)
+    ):
         return None
     kinds = {name: NUMBER if name.endswith("_s") else COUNT for name in fields}
     return table(
-        ({name: _READ[kinds[name]](value) for name, value in zip(fields, row, strict=False)} for row in rows if isinstance(row, list)),
+        (
+            {name: _READ[kinds[name]](value) for name, value in zip(fields, row, strict=False)}
+            for row in rows
+            if isinstance(row, list)
+        ),
         kinds,
     )
 
@@ -275,7 +283,9 @@ def block_indices(store: Store) -> dict[str, int]:
     return {block.block_id: block.index for block in store.blocks()}
 
 
-def write_tables(store: Store, trial_table: pd.DataFrame, phase_table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def write_tables(
+    store: Store, trial_table: pd.DataFrame, phase_table: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
     """trials.parquet, phases.parquet and samples/*.parquet; returns the samples by `<trial>-<attempt>`."""
     trial_table.to_parquet(store.folder / "trials.parquet", index=False)
     phase_table.to_parquet(store.folder / "phases.parquet", index=False)

@@ -74,7 +74,11 @@ def _arms(plan: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
 def _noise_floor(pairs: pd.DataFrame, trials: pd.DataFrame, baseline: str) -> float | None:
     """Outer end of the interval of an arm that equals the baseline in everything; None where the run has none."""
     setups = trials.dropna(subset=["setup"]).groupby("arm")["setup"].first()
-    twins = [arm for arm in setups.index if baseline in setups and arm != baseline and setups[arm] == setups[baseline]]
+    twins = [
+        arm
+        for arm in setups.index
+        if baseline in setups and arm != baseline and setups[arm] == setups[baseline]
+    ]
     ends = []
     for arm in twins:
         found = statistics.paired([float(v) for v in pairs[pairs["arm"] == arm]["contrast"].dropna()])
@@ -113,13 +117,21 @@ def verdict_of(found: Analysis) -> str:
     if missing:
         return f"{first}No contrast: {' and '.join(missing)} was left out of this run."
     twin = found.noise_floor if not _is_twin(found) else None
-    same = f"{found.baseline} and {found.against} are the same (A/A): what follows is noise. " if _is_twin(found) else ""
+    same = (
+        f"{found.baseline} and {found.against} are the same (A/A): what follows is noise. "
+        if _is_twin(found)
+        else ""
+    )
     return first + same + verdict.sentence(found.main, twin)
 
 
 def _is_twin(found: Analysis) -> bool:
     setups = found.trials.dropna(subset=["setup"]).groupby("arm")["setup"].first()
-    return found.baseline in setups and found.against in setups and setups[found.baseline] == setups[found.against]
+    return (
+        found.baseline in setups
+        and found.against in setups
+        and setups[found.baseline] == setups[found.against]
+    )
 
 
 # ---- summary.json -----------------------------------------------------------------------------------------
@@ -206,7 +218,10 @@ def _block_rows(found: Analysis) -> list[dict[str, Any]]:
     """One row per complete block: configuration, order, KV by arm, and the compared pair."""
     rows = []
     for block_id, block in found.valid.groupby("block_id", sort=False):
-        kv = {str(row["arm"]): row["kv_cache_bytes"] if row["outcome"] == "ok" else row["outcome"] for _, row in block.iterrows()}
+        kv = {
+            str(row["arm"]): row["kv_cache_bytes"] if row["outcome"] == "ok" else row["outcome"]
+            for _, row in block.iterrows()
+        }
         pair = found.pairs[(found.pairs["block_id"] == block_id) & (found.pairs["arm"] == found.against)]
         numbers: Any = pair.iloc[0] if len(pair) else {}
         rows.append(
@@ -268,10 +283,24 @@ def _plain(value: Any) -> str:
 
 
 def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": _size, "mib": _mib, "percent": _percent, "plain": _plain, "p_value": _p_value}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "size": _size,
+        "mib": _mib,
+        "percent": _percent,
+        "plain": _plain,
+        "p_value": _p_value,
+    }
     drawn = _draw(found)
-    unhappy = found.trials[(found.trials["outcome"] != "ok").fillna(True) | found.trials["superseded"].fillna(True)]
+    unhappy = found.trials[
+        (found.trials["outcome"] != "ok").fillna(True) | found.trials["superseded"].fillna(True)
+    ]
     return environment.get_template("report.html").render(
         summary=summary, found=found, figures=drawn, charts=_script_json(_charts(drawn)),
         plotly=Markup(get_plotlyjs()), blocks=_block_rows(found), terms=contrasts.TERMS,  # noqa: S704  the library itself

@@ -83,13 +83,19 @@ def _because(found: Comparison) -> str:
         return ""
     name, size = max(found.terms.items(), key=lambda item: item[1] / delta)
     if found.predicted_bytes is not None and found.unpredicted_bytes is not None and name == "page_cache":
-        cause = "It comes from page cache" if abs(found.unpredicted_bytes) <= _EXPLAINED * abs(delta) else "The largest term is page cache"
+        cause = (
+            "It comes from page cache"
+            if abs(found.unpredicted_bytes) <= _EXPLAINED * abs(delta)
+            else "The largest term is page cache"
+        )
         return (
             f" {cause}: −fraction × Δ page cache predicts {format_bytes(abs(found.predicted_bytes))} "
             f"{'less' if found.predicted_bytes < 0 else 'more'}, which leaves {format_bytes(abs(found.unpredicted_bytes))} of the mean to other memory."
         )
     if found.predicted_bytes is None and name == "view":
-        return f" It is what each arm's memory view counts as free, such as a limit: {format_bytes(abs(size))}."
+        return (
+            f" It is what each arm's memory view counts as free, such as a limit: {format_bytes(abs(size))}."
+        )
     return f" The largest term is {TERMS[name]}: {format_bytes(abs(size))}."
 
 

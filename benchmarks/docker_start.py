@@ -91,7 +91,11 @@ def command_line(start: Start) -> list[str]:
     made = start.container
     assert made is not None
     config = made["host_config"]
-    flags = [f"--user={made['user']}", f"--workdir={made['working_dir']}", f"--network={config['network_mode']}"]
+    flags = [
+        f"--user={made['user']}",
+        f"--workdir={made['working_dir']}",
+        f"--network={config['network_mode']}",
+    ]
     flags += [f"--volume={source}:{to['bind']}:{to['mode']}" for source, to in config["binds"].items()]
     flags += [f"--tmpfs={target}:{how}" for target, how in config["tmpfs"].items()]
     flags += [f"--env={name}={value}" for name, value in made["environment"].items()]
@@ -172,7 +176,9 @@ def race(stage: Stage, client: Any, log: Path, rounds: int, seed: int) -> dict[s
 
 
 def table_of(found: dict[str, list[Times]]) -> Table:
-    table = Table(title="seconds, the same worker in the same container", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title="seconds, the same worker in the same container", title_justify="left", box=None, pad_edge=False
+    )
     for heading in ("how", "n", "ready median", "ready p95", "removed median", "removed p95"):
         table.add_column(heading, justify="left" if heading == "how" else "right")
     for name, times in found.items():
@@ -211,7 +217,11 @@ def main() -> None:
     ]  # fmt: skip
     console = Console(width=120)
     console.print(table_of(found))
-    console.print("the tool's steps, ms:", ", ".join(f"{name} {1000 * s:.1f}" for name, s in steps.items()), highlight=False)
+    console.print(
+        "the tool's steps, ms:",
+        ", ".join(f"{name} {1000 * s:.1f}" for name, s in steps.items()),
+        highlight=False,
+    )
     console.print(*lines, sep="\n", highlight=False)
     if chosen.save:
         raw = {name: [dataclasses.asdict(each) for each in times] for name, times in found.items()}

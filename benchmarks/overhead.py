@@ -253,11 +253,16 @@ def contenders(folder: Path, with_ray: bool, stack: ExitStack) -> tuple[list[Con
     found = [
         Contender(OURS, True, local.batch),
         Contender("subprocess `python -c pass`", True, lambda n: timed(plain_process, n)),
-        Contender("Optuna ask/tell + subprocess", True, lambda n: timed(lambda: optuna_and_process(study), n)),
+        Contender(
+            "Optuna ask/tell + subprocess", True, lambda n: timed(lambda: optuna_and_process(study), n)
+        ),
     ]
     if not with_ray:
         return found, ours
-    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}  # both in Tune's favour
+    os.environ |= {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }  # both in Tune's favour
     on_ray = Ours(folder / "ray", ray_slots)
     stack.callback(on_ray.close)
     ours.append(on_ray)

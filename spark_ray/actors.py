@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,20 @@ def _cause(error: Any) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(str(error))
 
 
+def check_address(address: str) -> None:
+    """Raise UnavailableError at once if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and the like: Ray knows where to look, and says at once if there is nothing
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UnavailableError(
+            f"Ray at {address} cannot be reached: {error}",
+            mend="start it with `ray start --head`, or use --local",
+        ) from error
+
+
 class RaySlots:
     """A local Ray of our own, or a cluster joined at `address`; one actor per slot, placed by a placement group."""
 
@@ -208,5 +223,7 @@ def _tie_to_this_process() -> subprocess.Popen[bytes]:
     """See `tether`: every process of the local Ray ends at once with this one, however that ends."""
     started = [str(pid) for pid in observe.descendants(os.getpid()) if pid != os.getpid()]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(Path(tether.__file__)), *started], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-I", "-S", str(Path(tether.__file__)), *started],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )

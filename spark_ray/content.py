@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import image, rootfs
-from .environments import PASSED_VARIABLES, Content, EnvironmentSpec, Problem
+from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Problem
 from .errors import InputError, UnavailableError
 from .experiment import (
     ChrootEnvironment,
@@ -149,7 +149,8 @@ def prepare(spec: EnvironmentSpec, docker_client: Any | None) -> Content:
     """Make one environment's content ready on this node."""
     match spec:
         case NativeEnvironment():
-            return Content(python=sys.executable, variables=_host_variables())
+            path = f"{sys.prefix}/bin:{DEFAULT_PATH}"  # as in the trees made from this interpreter
+            return Content(python=sys.executable, variables={"PATH": path, **_host_variables()})
         case ChrootEnvironment():
             tree = _tree(spec.rootfs)
             return _content(tree, spec.python, host=spec.rootfs == "host")

@@ -149,10 +149,16 @@ class Launcher:
 
     def _follow(self, guest: Guest, job: Job, watch: _Watch) -> None:
         """Answer the worker at its phases, sample between them, stop it when it must be stopped."""
+        watch.sampler = host.Sampler(None)
+        try:
+            self._attend(guest, job, watch)
+        finally:
+            watch.sampler.close()
+
+    def _attend(self, guest: Guest, job: Job, watch: _Watch) -> None:
         deadline = time.monotonic() + job.limits.trial_timeout
         poll = select.poll()
         poll.register(guest.control, select.POLLIN | select.POLLHUP)
-        watch.sampler = host.Sampler(None)
         pending = b""
         while True:
             if poll.poll(int(host.SAMPLE_INTERVAL_S * 1000)):
@@ -162,6 +168,7 @@ class Launcher:
                 *lines, pending = (pending + piece).split(b"\n")
                 for line in lines:
                     self._hear(line, guest, job, watch)
+            assert watch.sampler is not None  # noqa: S101  made in _follow
             available = watch.sampler.take()
             if available < job.limits.watchdog:
                 watch.stopped_by = "watchdog"
@@ -190,6 +197,8 @@ class Launcher:
     def _meet(self, guest: Guest, told_pid: int, job: Job, watch: _Watch) -> None:
         """Look at the live worker from outside: where it really runs."""
         watch.pid = guest.pid_of(told_pid)
+        if watch.sampler is not None:
+            watch.sampler.close()
         watch.sampler = host.Sampler(watch.pid)
         outside: dict[str, Any] = {
             **guest.identity(),

@@ -57,11 +57,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if (
-        not isinstance(record, dict)
-        or not isinstance(record.get("outcome"), dict)
-        or "trial_id" not in record
-    ):
+    outcome = record.get("outcome") if isinstance(record, dict) else None
+    if not isinstance(outcome, dict) or not isinstance(outcome.get("kind"), str) or "trial_id" not in record:
         return None
     if record.get("record_version") != RECORD_VERSION:
         raise RunError(

@@ -223,6 +223,10 @@ def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
     plan.refuse_if_impossible()
     if options.plan:
         return EXIT_OK
+    if options.address:
+        from .actors import check_address
+
+        check_address(options.address)
     store = (
         _resumed_store(folder, loaded, plan) if options.resume else _new_store(folder, loaded, plan, options)
     )

@@ -17,7 +17,9 @@ def main(pids: list[int]) -> None:
     handles = []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            handles.append(os.pidfd_open(pid))  # names this very process: a recycled number is not mistaken for it
+            handles.append(
+                os.pidfd_open(pid)
+            )  # names this very process: a recycled number is not mistaken for it
     sys.stdin.buffer.read()
     for handle in handles:
         with contextlib.suppress(ProcessLookupError):

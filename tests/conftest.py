@@ -87,7 +87,9 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("tiers")
     for tier in TIERS:
         lack = config.lacks[tier]
-        terminalreporter.line(f"{tier:9} {config.ran[tier]:4} passed" + (f"   not run: {lack}" if lack else ""))
+        terminalreporter.line(
+            f"{tier:9} {config.ran[tier]:4} passed" + (f"   not run: {lack}" if lack else "")
+        )
     for broken in _broken_promises(config):
         terminalreporter.line(f"REQUIRED BUT NOT WHOLE  {broken}", red=True)
 

@@ -21,10 +21,15 @@ def experiment_data(blocks=2, arms=("native", "native"), limits=None, **engine):
         "search": {
             "sampler": "random",
             "blocks": blocks,
-            "space": {"max_batch_size": {"low": 1, "high": 64}, "max_num_tokens": 512, "memory_fraction": {"low": 0.1, "high": 0.3}},
+            "space": {
+                "max_batch_size": {"low": 1, "high": 64},
+                "max_num_tokens": 512,
+                "memory_fraction": {"low": 0.1, "high": 0.3},
+            },
         },
         "arms": {
-            "abcdefgh"[index]: {"environment": environment, "treatment": QUIET} for index, environment in enumerate(arms)
+            "abcdefgh"[index]: {"environment": environment, "treatment": QUIET}
+            for index, environment in enumerate(arms)
         },
         **({"contrast": {"baseline": "a", "against": "b"}} if len(arms) > 2 else {}),
         "limits": {"trial_timeout": "60s", **(limits or {})},

@@ -15,6 +15,7 @@ from spark_ray.units import GIB, MIB
 
 BLOCK_TOKENS, TOKEN_BYTES = 64, 32768
 KV_BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+OTHERS_MIB = (0, 16, 24, 8, 8, 24, 16, 0)
 
 
 def meminfo(cached, anon, per_cpu, total=24 * GIB):
@@ -53,7 +54,18 @@ def measured(fraction, cached, anon, per_cpu, view="memfree"):
     }  # fmt: skip
 
 
-def record(block, arm, attempt=1, *, cached=700 * MIB, anon=450 * MIB, per_cpu=64 * MIB, kind="ok", message="", engine="embedded"):
+def record(
+    block,
+    arm,
+    attempt=1,
+    *,
+    cached=700 * MIB,
+    anon=450 * MIB,
+    per_cpu=64 * MIB,
+    kind="ok",
+    message="",
+    engine="embedded",
+):
     fraction = block.configuration["memory_fraction"]
     sized = measured(fraction, cached, anon, per_cpu)
     info = sized["sizing"]["meminfo"]
@@ -96,20 +108,33 @@ def compose(folder, records, *, blocks=4, arms=("empty", "full"), wanted=None, e
             for each in records(block, arm):
                 target = store.new_attempt_folder(block.trial_id(arm), each["attempt"])
                 write_durably(target / RECORD, each)
-                rows = [[100.0 + step / 20, 20 * GIB - step, 21 * GIB, 700 * MIB, 8 * MIB, 64 * MIB, None] for step in range(40)]
-                fields = ["monotonic_s", "mem_free_bytes", "mem_available_bytes", "cached_bytes", "shmem_bytes", "per_cpu_free_bytes", "cgroup_usage_bytes"]
+                rows = [
+                    [100.0 + step / 20, 20 * GIB - step, 21 * GIB, 700 * MIB, 8 * MIB, 64 * MIB, None]
+                    for step in range(40)
+                ]
+                fields = [
+                    "monotonic_s",
+                    "mem_free_bytes",
+                    "mem_available_bytes",
+                    "cached_bytes",
+                    "shmem_bytes",
+                    "per_cpu_free_bytes",
+                    "cgroup_usage_bytes",
+                ]
                 (target / "samples.json").write_text(json.dumps({"fields": fields, "rows": rows}))
     store.close()
     return folder
 
 
 def two_gib_of_cache(block, arm):
-    """`full` has 2 GiB more page cache, and a little more of other processes, without a trend."""
-    extra = 5 * block.index % 8 * 8 * MIB if arm == "full" else 0
+    """`full` has 2 GiB more page cache, and a little more of other processes, with no trend and no effect of order."""
+    extra = OTHERS_MIB[block.index] * MIB if arm == "full" else 0
     return [record(block, arm, cached=(700 + 2048 * (arm == "full")) * MIB, anon=450 * MIB + extra)]
 
 
-ONE_BLOCK = make_block(0, 0, {"max_batch_size": 4, "max_num_tokens": 512, "memory_fraction": 0.25}, 0, ("empty", "full"), 7)
+ONE_BLOCK = make_block(
+    0, 0, {"max_batch_size": 4, "max_num_tokens": 512, "memory_fraction": 0.25}, 0, ("empty", "full"), 7
+)
 
 
 def table(*records):
@@ -120,7 +145,9 @@ def test_a_row_says_what_the_record_says():
     row = table(record(ONE_BLOCK, "full", cached=2 * GIB)).iloc[0]
     assert row["kv_cache_bytes"] == row["kv_cache_blocks"] * KV_BLOCK_BYTES
     assert row["sizing_cached_bytes"] == 2 * GIB
-    assert row["sizing_page_cache_bytes"] == 2 * GIB - 8 * MIB  # shared memory is in Cached, and no page cache
+    assert (
+        row["sizing_page_cache_bytes"] == 2 * GIB - 8 * MIB
+    )  # shared memory is in Cached, and no page cache
     assert row["sizing_other_anon_bytes"] == 150 * MIB
     assert row["peak_memory_bytes"] == 310 * MIB
     assert row["treatment"] == "page_cache=fill 2.00 GiB, per_cpu_pages=drained"
@@ -148,15 +175,30 @@ def test_no_count(value):
     assert frames.count(value) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"fields": 3}', '{"fields": ["a_s"], "rows": 1}', '{"fields": [1], "rows": []}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"fields": 3}',
+        '{"fields": ["a_s"], "rows": 1}',
+        '{"fields": [1], "rows": []}',
+        "[" * 100_000,
+    ],
+)
 def test_samples_that_cannot_be_read_are_none(tmp_path, text):
     (tmp_path / "samples.json").write_text(text)
     assert frames.samples(tmp_path) is None
 
 
 def test_samples_keep_their_columns_and_absent_values(tmp_path):
-    (tmp_path / "samples.json").write_text('{"fields": ["monotonic_s", "mem_free_bytes"], "rows": [[1.5, 7], [2.0, null], "torn", [3]]}')
-    assert frames.samples(tmp_path).to_dict("list") == {"monotonic_s": [1.5, 2.0, 3.0], "mem_free_bytes": [7, None, None]}
+    (tmp_path / "samples.json").write_text(
+        '{"fields": ["monotonic_s", "mem_free_bytes"], "rows": [[1.5, 7], [2.0, null], "torn", [3]]}'
+    )
+    assert frames.samples(tmp_path).to_dict("list") == {
+        "monotonic_s": [1.5, 2.0, 3.0],
+        "mem_free_bytes": [7, None, None],
+    }
 
 
 _ODD = st.one_of(
@@ -166,13 +208,19 @@ _ODD = st.one_of(
 
 
 def _paths(data, prefix=()):
-    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+    for key, value in (
+        data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    ):
         yield (*prefix, key)
         yield from _paths(value, (*prefix, key))
 
 
 def _has(place, key):
-    return key in place if isinstance(place, dict) else isinstance(place, list) and isinstance(key, int) and key < len(place)
+    return (
+        key in place
+        if isinstance(place, dict)
+        else isinstance(place, list) and isinstance(key, int) and key < len(place)
+    )
 
 
 _PATHS = list(_paths(record(ONE_BLOCK, "full")))
@@ -196,7 +244,9 @@ def test_a_record_with_odd_parts_gives_absent_values_not_a_traceback(changes):
     pairs = contrasts.pairs(trials, ("empty", "full"), "empty")
     properties = fingerprint.compare(records, ("empty", "full"))
     rivals = fingerprint.rivals(properties, ("empty", "full"), "empty", "full")
-    assert audit.findings(audit.Evidence({}, trials, pairs, {}, ("empty", "full"), "empty", "full", len(rivals)))
+    assert audit.findings(
+        audit.Evidence({}, trials, pairs, {}, ("empty", "full"), "empty", "full", len(rivals))
+    )
 
 
 def test_parquet_can_be_read_back(tmp_path):

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from test_analysis_frames import compose, record, two_gib_of_cache
+from test_analysis_frames import OTHERS_MIB, compose, record, two_gib_of_cache
 
 from analysis import report, statistics, verdict
 from spark_ray.units import GIB, MIB
@@ -15,7 +15,9 @@ NAN_FREE = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
 
 def written(folder):
     summary = report.write(folder)
-    assert json.loads((folder / "summary.json").read_text(), **NAN_FREE) == json.loads(json.dumps(summary, allow_nan=False))
+    assert json.loads((folder / "summary.json").read_text(), **NAN_FREE) == json.loads(
+        json.dumps(summary, allow_nan=False)
+    )
     return summary, (folder / "report.html").read_text()
 
 
@@ -31,8 +33,8 @@ def golden(tmp_path_factory):
 
 def test_the_verdict_names_the_arms_the_size_the_interval_and_the_cause(golden):
     assert golden[1]["verdict"] == (
-        "full has 467.00 MiB (8.9 %, 95 % interval 8.8 % to 9.0 %) less KV cache than empty, mean of 8 blocks. It comes from page cache: "
-        "−fraction × Δ page cache predicts 460.80 MiB less, which leaves 6.20 MiB of the mean to other memory."
+        "full has 463.50 MiB (8.8 %, 95 % interval 8.8 % to 8.9 %) less KV cache than empty, mean of 8 blocks. It comes from page cache: "
+        "−fraction × Δ page cache predicts 460.80 MiB less, which leaves 2.70 MiB of the mean to other memory."
     )
 
 
@@ -45,7 +47,9 @@ def test_the_summary_has_the_numbers(golden):
     (found,) = summary["contrasts"]
     assert found["mean_predicted_delta_bytes"] == pytest.approx(-0.225 * 2 * GIB)
     assert sum(found["mean_term_bytes"].values()) == pytest.approx(found["mean_delta_kv_cache_bytes"])
-    assert found["mean_term_bytes"]["other_anonymous"] == pytest.approx(-8 * MIB * 0.05 * sum(5 * i % 8 * (i + 1) for i in range(8)) / 8)
+    assert found["mean_term_bytes"]["other_anonymous"] == pytest.approx(
+        -MIB * 0.05 * sum((i + 1) * more for i, more in enumerate(OTHERS_MIB)) / 8
+    )
 
 
 def test_a_quiet_run_leaves_only_notes(golden):
@@ -83,7 +87,11 @@ def test_what_a_record_says_is_text_and_never_markup(tmp_path):
     def records(block, arm):
         yield record(block, arm, kind="engine_error", message=evil) | {"slot": evil}
 
-    folder = compose(tmp_path / "run", records, plan={"warnings": {"full": [evil]}, "host": {evil: evil}, "overrides": [evil]})
+    folder = compose(
+        tmp_path / "run",
+        records,
+        plan={"warnings": {"full": [evil]}, "host": {evil: evil}, "overrides": [evil]},
+    )
     page, parser = written(folder)[1], _Links()
     parser.feed(page)
     assert "img" not in parser.tags
@@ -101,7 +109,10 @@ def test_no_record_at_all(tmp_path):
 def test_one_block_has_no_interval(tmp_path):
     summary, _ = written(compose(tmp_path / "run", two_gib_of_cache, blocks=1))
     assert "no interval from one block" in summary["verdict"]
-    assert sentences(summary)["The compared arms both have a capacity in 1 block: no interval can be given."] == "grave"
+    assert (
+        sentences(summary)["The compared arms both have a capacity in 1 block: no interval can be given."]
+        == "grave"
+    )
 
 
 def test_an_incomplete_block_is_not_counted(tmp_path):
@@ -114,7 +125,9 @@ def test_an_incomplete_block_is_not_counted(tmp_path):
 
 
 def test_only_failures(tmp_path):
-    summary, page = written(compose(tmp_path / "run", lambda block, arm: [record(block, arm, kind="crashed", message="boom")]))
+    summary, page = written(
+        compose(tmp_path / "run", lambda block, arm: [record(block, arm, kind="crashed", message="boom")])
+    )
     assert summary["verdict"].startswith("No block in which both full and empty have KV capacity")
     assert page.count("boom") == 8
     assert [arm["failed"] for arm in summary["arms"]] == [4, 4]
@@ -122,7 +135,14 @@ def test_only_failures(tmp_path):
 
 def test_an_arm_that_does_not_fit_is_an_answer(tmp_path):
     def records(block, arm):
-        return [record(block, arm, kind="out_of_memory" if arm == "full" and block.index == 0 else "ok", cached=2 * GIB if arm == "full" else GIB)]
+        return [
+            record(
+                block,
+                arm,
+                kind="out_of_memory" if arm == "full" and block.index == 0 else "ok",
+                cached=2 * GIB if arm == "full" else GIB,
+            )
+        ]
 
     summary, page = written(compose(tmp_path / "run", records))
     assert summary["verdict"].endswith(" full had no KV capacity in 1 of 4 blocks.")
@@ -133,7 +153,10 @@ def test_an_arm_that_does_not_fit_is_an_answer(tmp_path):
 def test_a_disturbed_block_runs_again_and_both_are_on_record(tmp_path):
     def records(block, arm):
         if block.index == 1:
-            return [record(block, arm, 1, kind="disturbed" if arm == block.order[-1] else "ok"), *(two_gib_of_cache(block, arm)[0] | {"attempt": n} for n in [2])]
+            return [
+                record(block, arm, 1, kind="disturbed" if arm == block.order[-1] else "ok"),
+                *(two_gib_of_cache(block, arm)[0] | {"attempt": n} for n in [2]),
+            ]
         return two_gib_of_cache(block, arm)
 
     summary, page = written(compose(tmp_path / "run", records))
@@ -166,15 +189,28 @@ def test_equal_arms_are_called_equal_and_set_the_noise_floor(tmp_path):
 
 
 def test_a_compared_arm_that_was_left_out(tmp_path):
-    experiment = {"name": "n", "engine": {"kind": "embedded"}, "arms": {"empty": {}, "full": {}, "gone": {}}, "contrast": {"baseline": "empty", "against": "gone"}}
-    summary, _ = written(compose(tmp_path / "run", two_gib_of_cache, plan={"experiment": experiment, "left_out": {"gone": ["no docker"]}}))
+    experiment = {
+        "name": "n",
+        "engine": {"kind": "embedded"},
+        "arms": {"empty": {}, "full": {}, "gone": {}},
+        "contrast": {"baseline": "empty", "against": "gone"},
+    }
+    summary, _ = written(
+        compose(
+            tmp_path / "run",
+            two_gib_of_cache,
+            plan={"experiment": experiment, "left_out": {"gone": ["no docker"]}},
+        )
+    )
     assert summary["verdict"] == "No contrast: gone was left out of this run."
     assert sentences(summary)['Arm gone was left out: ["no docker"].'] == "grave"
 
 
 def test_every_doubt_of_the_host_is_raised(tmp_path):
     def records(block, arm):
-        each = record(block, arm, cached=2 * GIB if arm == "full" else GIB, anon=(450 + 900 * (block.index % 2)) * MIB)
+        each = record(
+            block, arm, cached=2 * GIB if arm == "full" else GIB, anon=(450 + 900 * (block.index % 2)) * MIB
+        )
         each["host"]["wait"]["reached"] = False
         each["host"]["outside"] = {"pid": 1}
         each["host"]["observations"][1]["meminfo"] |= {"SwapTotal": GIB, "SwapFree": 0, "MemTotal": 25 * GIB}
@@ -182,8 +218,23 @@ def test_every_doubt_of_the_host_is_raised(tmp_path):
         each["result"]["evidence"]["python"] = arm
         return [each]
 
-    said = " ".join(sentences(written(compose(tmp_path / "run", records, plan={"warnings": {"full": ["advised, not dropped"]}}))[0]))
-    for words in ("Memory had not come back", "Swap was in use", "MemTotal changed", "could not be read", "do not reproduce", "not quiet", "1 recorded property", "advised, not dropped"):
+    said = " ".join(
+        sentences(
+            written(
+                compose(tmp_path / "run", records, plan={"warnings": {"full": ["advised, not dropped"]}})
+            )[0]
+        )
+    )
+    for words in (
+        "Memory had not come back",
+        "Swap was in use",
+        "MemTotal changed",
+        "could not be read",
+        "do not reproduce",
+        "not quiet",
+        "1 recorded property",
+        "advised, not dropped",
+    ):
         assert words in said
 
 
@@ -197,14 +248,28 @@ def test_a_difference_within_its_interval_is_none(tmp_path):
 
 
 def test_more_capacity_is_said_as_more():
-    found = verdict.Comparison("b", "a", statistics.paired([-0.1, -0.12, -0.11]), 1.0, 300.0 * MIB, None, None, None, {"view": 300.0 * MIB}, 3, {})
+    found = verdict.Comparison(
+        "b",
+        "a",
+        statistics.paired([-0.1, -0.12, -0.11]),
+        1.0,
+        300.0 * MIB,
+        None,
+        None,
+        None,
+        {"view": 300.0 * MIB},
+        3,
+        {},
+    )
     text = verdict.sentence(found)
     assert "b has 300.00 MiB (11.0 %" in text
     assert "more KV cache than a" in text
 
 
 def test_a_difference_below_the_noise_floor_is_not_above_the_noise():
-    found = verdict.Comparison("b", "a", statistics.paired([0.010, 0.012, 0.011]), 0.0, -3.0 * MIB, None, None, None, {}, 3, {})
+    found = verdict.Comparison(
+        "b", "a", statistics.paired([0.010, 0.012, 0.011]), 0.0, -3.0 * MIB, None, None, None, {}, 3, {}
+    )
     assert "not above the noise" in verdict.sentence(found, 0.02)
 
 

@@ -14,7 +14,9 @@ from spark_ray.units import MIB
 SLEEP = [
     a - b
     for a, b in zip(
-        [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4], strict=True
+        [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],
+        [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
+        strict=True,
     )
 ]
 """R's `sleep`: extra hours of sleep under two drugs (Student 1908), paired."""
@@ -58,7 +60,9 @@ def test_agreement_to_the_last_digit_is_not_a_division_by_zero():
 @settings(max_examples=40, deadline=None)
 @given(values, st.floats(0.001, 1000))
 def test_a_unit_or_a_sign_changes_nothing(sample, scale):
-    found, scaled, mirrored = (statistics.paired(x) for x in (sample, [scale * v for v in sample], [-v for v in sample]))
+    found, scaled, mirrored = (
+        statistics.paired(x) for x in (sample, [scale * v for v in sample], [-v for v in sample])
+    )
     assert scaled.mean == pytest.approx(scale * found.mean, rel=1e-9, abs=1e-6)
     assert mirrored.mean == pytest.approx(-found.mean)
     assert mirrored.hodges_lehmann == pytest.approx(-found.hodges_lehmann)
@@ -71,11 +75,15 @@ def test_a_unit_or_a_sign_changes_nothing(sample, scale):
 @settings(max_examples=50, deadline=None)
 @given(values, st.floats(0.1, 1e6), st.floats(1.01, 10))
 def test_a_wider_margin_is_never_harder_to_meet(sample, margin, factor):
-    assert statistics.equivalence_p(sample, margin * factor) <= statistics.equivalence_p(sample, margin) + 1e-12
+    assert (
+        statistics.equivalence_p(sample, margin * factor) <= statistics.equivalence_p(sample, margin) + 1e-12
+    )
 
 
 def test_order_trend_and_autocorrelation():
-    assert statistics.order_effect([3.0, 1.0, 3.1, 1.1], [True, False, True, False]).size == pytest.approx(2.0)
+    assert statistics.order_effect([3.0, 1.0, 3.1, 1.1], [True, False, True, False]).size == pytest.approx(
+        2.0
+    )
     assert statistics.order_effect([1.0, 2.0], [True, False]) is None
     assert statistics.trend([1.0, 2.0, 3.0, 4.1], [0, 1, 2, 3]).size == pytest.approx(1.03)
     assert statistics.autocorrelation([1.0, 1.0, 5.0, 5.0, 1.0, 1.0]) == pytest.approx(0.25, abs=0.1)
@@ -85,7 +93,9 @@ def test_order_trend_and_autocorrelation():
 
 
 def terms(row):
-    return {name: row[f"term_{name}_bytes"] for name in contrasts.TERMS if not pd.isna(row[f"term_{name}_bytes"])}
+    return {
+        name: row[f"term_{name}_bytes"] for name in contrasts.TERMS if not pd.isna(row[f"term_{name}_bytes"])
+    }
 
 
 def pair(**changes):

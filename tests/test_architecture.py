@@ -46,7 +46,9 @@ def own_module(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if PACKAGE in p.parents], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if PACKAGE in p.parents], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_modules_import_only_from_below(path):
     me = own_module(path)
     if me == "__init__":
@@ -62,7 +64,9 @@ def test_modules_import_only_from_below(path):
         for target in targets:
             if target == "__version__":
                 continue
-            assert target == me or RANK[target] < RANK[me] or (me, target) in MUTUAL, f"{path.name} imports {target}, which is not below it"
+            assert target == me or RANK[target] < RANK[me] or (me, target) in MUTUAL, (
+                f"{path.name} imports {target}, which is not below it"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -71,7 +75,9 @@ def test_each_heavy_library_has_one_home(path):
     for level, module, _ in imports(path):
         homes = HOMES.get(module.split(".")[0]) if level == 0 else None
         if homes:
-            assert any(here == home or here.startswith(home + "/") for home in homes), f"{here} imports {module}"
+            assert any(here == home or here.startswith(home + "/") for home in homes), (
+                f"{here} imports {module}"
+            )
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "worker").glob("*.py")), ids=lambda p: p.name)

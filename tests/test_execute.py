@@ -85,7 +85,12 @@ def test_every_block_runs_every_arm_once_in_its_order(tmp_path):
 def test_a_disturbed_block_runs_again_as_a_whole_in_the_same_order(tmp_path):
     slots, _ = drive(tmp_path, experiment(blocks=1), [["ok", "disturbed"]])
     order = Store.read(tmp_path).blocks()[0].order
-    assert [(arm, attempt) for _, arm, attempt in slots[0].calls] == [(order[0], 1), (order[1], 1), (order[0], 2), (order[1], 2)]
+    assert [(arm, attempt) for _, arm, attempt in slots[0].calls] == [
+        (order[0], 1),
+        (order[1], 1),
+        (order[0], 2),
+        (order[1], 2),
+    ]
     assert [state.valid for state in complete_blocks(tmp_path)] == [2]
 
 
@@ -95,13 +100,19 @@ def test_a_lost_actor_voids_only_its_block(tmp_path):
 
 
 def test_a_block_disturbed_too_often_is_given_up_and_the_run_goes_on(tmp_path):
-    _, done = drive(tmp_path, experiment(blocks=2, limits={"block_attempts": 2}), [["disturbed", "disturbed"]])
+    _, done = drive(
+        tmp_path, experiment(blocks=2, limits={"block_attempts": 2}), [["disturbed", "disturbed"]]
+    )
     assert done.given_up == ["b0000"]
     assert [state.block.block_id for state in complete_blocks(tmp_path)] == ["b0001"]
 
 
 def test_answers_are_not_failures_and_failures_are_rows(tmp_path):
-    drive(tmp_path, experiment(blocks=3), [["infeasible", "ok", "crashed", "ok", "out_of_memory", "out_of_memory"]])
+    drive(
+        tmp_path,
+        experiment(blocks=3),
+        [["infeasible", "ok", "crashed", "ok", "out_of_memory", "out_of_memory"]],
+    )
     store = Store.read(tmp_path)
     assert failed_share(store) == (1, 6)
     assert len(complete_blocks(tmp_path)) == 3
@@ -125,7 +136,11 @@ def test_parallel_slots_share_the_budget_and_no_block(tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(
     sessions=st.lists(
-        st.lists(st.sampled_from(["ok", "ok", "infeasible", "crashed", "disturbed", "lost", "host_wedged"]), max_size=8), max_size=4
+        st.lists(
+            st.sampled_from(["ok", "ok", "infeasible", "crashed", "disturbed", "lost", "host_wedged"]),
+            max_size=8,
+        ),
+        max_size=4,
     ),
     blocks=st.integers(1, 4),
 )
@@ -143,7 +158,9 @@ def test_after_any_history_resume_completes_each_block_exactly_once(tmp_path_fac
     assert len(counted) == 2 * blocks
 
 
-@pytest.mark.parametrize(("kinds", "expected"), [(("ok", "ok"), 0.1), (("ok", "infeasible"), None), (("crashed", "ok"), "failed")])
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [(("ok", "ok"), 0.1), (("ok", "infeasible"), None), (("crashed", "ok"), "failed")]
+)
 def test_what_the_search_is_told(tmp_path, kinds, expected):
     made = experiment(blocks=1)
     store = Store.create(tmp_path / "r", {}, {})

@@ -34,7 +34,9 @@ def study_states(folder):
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-    backend = JournalFileBackend(str(folder / "study.journal"), lock_obj=JournalFileOpenLock(str(folder / "study.journal")))
+    backend = JournalFileBackend(
+        str(folder / "study.journal"), lock_obj=JournalFileOpenLock(str(folder / "study.journal"))
+    )
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
     return Counter(trial.state.name for trial in study.get_trials(deepcopy=False))
 
@@ -121,7 +123,9 @@ def test_with_ray_a_killed_driver_or_actor_loses_nothing(tmp_path, victim):
     folder = tmp_path / "run"
     path = write_yaml(tmp_path, experiment_data(blocks=BLOCKS, hold="1500ms"))
     driver = sweep(path, folder)
-    assert wait_until(lambda: list(folder.glob("trials/*/1/record.json")) and guests_of(folder), 90), driver.kill()
+    assert wait_until(lambda: list(folder.glob("trials/*/1/record.json")) and guests_of(folder), 90), (
+        driver.kill()
+    )
     session = ray_processes(driver.pid)
     if victim == "driver":
         os.kill(driver.pid, signal.SIGKILL)
@@ -178,7 +182,11 @@ def test_ray_and_local_write_the_same_records(tmp_path):
 def shape(value):
     """The keys of a record, all the way down; counters of other kernels' fields are left out."""
     if isinstance(value, dict):
-        return {key: shape(inner) for key, inner in value.items() if key not in {"meminfo", "stat", "environment", "variables", "events"}}
+        return {
+            key: shape(inner)
+            for key, inner in value.items()
+            if key not in {"meminfo", "stat", "environment", "variables", "events"}
+        }
     return type(value).__name__ if not isinstance(value, list) else "list"
 
 

@@ -33,7 +33,9 @@ class Bench:
         self.store = Store.create(folder, {}, {})
         copy_bundle(WORKER, folder / "bundle" / protocol.PACKAGE)
         self.runner = SlotRunner(folder, made, list(made.arms), "slot")
-        self.block = make_block(0, 0, {"max_batch_size": 4, "max_num_tokens": 512, "memory_fraction": 0.25}, 0, list(made.arms), 0)
+        self.block = make_block(
+            0, 0, {"max_batch_size": 4, "max_num_tokens": 512, "memory_fraction": 0.25}, 0, list(made.arms), 0
+        )
 
     def run(self, arm="a", attempt=1):
         self.runner.run(self.block, arm, attempt)
@@ -82,7 +84,13 @@ def test_a_trial_is_measured_where_it_says(bench, environment):
         assert containers(one.store.folder) == []
     assert inside["bundle_sha256"] == record["bundle_sha256"]
     assert [o["phase"] for o in record["inside"]] == ["after_load", "sizing", "end"]
-    assert [o["phase"] for o in record["host"]["observations"]] == ["before_launch", "after_load", "sizing", "end", "after_exit"]
+    assert [o["phase"] for o in record["host"]["observations"]] == [
+        "before_launch",
+        "after_load",
+        "sizing",
+        "end",
+        "after_exit",
+    ]
     assert record["result"]["measurements"]["engine"]["fake"] is True
     kv = record["result"]["measurements"]["kv_cache"]
     assert kv["bytes"] == (1 << 28) // (64 * 8192) * 64 * 8192
@@ -102,7 +110,9 @@ def test_a_trial_is_measured_where_it_says(bench, environment):
     ],
 )
 def test_each_bad_end_has_its_outcome_and_leaves_nothing(bench, environment, behaviour, kind, reason):
-    one = bench(environment, behaviour=behaviour, limits={"trial_timeout": "1500ms"} if kind == "timeout" else None)
+    one = bench(
+        environment, behaviour=behaviour, limits={"trial_timeout": "1500ms"} if kind == "timeout" else None
+    )
     record = one.run()
     assert (record["outcome"]["kind"], record["outcome"]["reason"]) == (kind, reason)
     assert [o["phase"] for o in record["inside"]][:1] == ["after_load"], "what a dying worker saw is kept"
@@ -193,12 +203,16 @@ def test_grandchildren_do_not_outlive_the_worker(bench):
     engine = one.store.folder / "bundle" / protocol.PACKAGE / "engine_fake.py"
     text = engine.read_text()
     spawn = "    import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True, env={'SPARK_RAY_TRIAL': str(talk.folder)})\n"
-    engine.write_text(text.replace('    talk.phase("after_load")\n', spawn + '    talk.phase("after_load")\n'))
+    engine.write_text(
+        text.replace('    talk.phase("after_load")\n', spawn + '    talk.phase("after_load")\n')
+    )
     one.run()
     assert guests_of(one.store.folder) == []
 
 
-@pytest.mark.parametrize("mutation", ["missing field", "other attempt", "not json", "other version", "list", "unknown failure"])
+@pytest.mark.parametrize(
+    "mutation", ["missing field", "other attempt", "not json", "other version", "list", "unknown failure"]
+)
 def test_a_broken_result_is_never_ok(bench, mutation):
     one = bench()
     engine = one.store.folder / "bundle" / protocol.PACKAGE / "__main__.py"
@@ -211,8 +225,10 @@ def test_a_broken_result_is_never_ok(bench, mutation):
         "unknown failure": "data['failure'] = {'kind': 'fine', 'reason': '', 'message': ''}",
     }[mutation]
     text = engine.read_text()
-    assert "    protocol.write_json(\n        folder / \"result.json\",\n        {" in text
-    text = text.replace("    protocol.write_json(\n        folder / \"result.json\",\n        {", "    data = (\n        {").replace(
+    assert '    protocol.write_json(\n        folder / "result.json",\n        {' in text
+    text = text.replace(
+        '    protocol.write_json(\n        folder / "result.json",\n        {', "    data = (\n        {"
+    ).replace(
         '            "observer": {"clock": "CLOCK_MONOTONIC"},\n        },\n    )',
         f'            "observer": {{"clock": "CLOCK_MONOTONIC"}},\n        }}\n    )\n    {change}\n    protocol.write_json(folder / "result.json", data)',
     )

@@ -57,14 +57,21 @@ def v2(proc, root, limit="max"):
     (group / "memory.current").write_text("409000000\n")
     (group / "memory.peak").write_text("500000000\n")
     (group / "memory.max").write_text(limit + "\n")
-    (group / "memory.stat").write_text("anon 300000000\nfile 100000000\ninactive_file 60000000\nactive_file 40000000\nslab_reclaimable 1000000\n")
+    (group / "memory.stat").write_text(
+        "anon 300000000\nfile 100000000\ninactive_file 60000000\nactive_file 40000000\nslab_reclaimable 1000000\n"
+    )
     (group / "memory.events").write_text("low 0\noom 0\noom_kill 0\n")
 
 
 def test_cgroup_v2(proc, tmp_path):
     v2(proc, tmp_path / "cg", "8589934592")
     seen = observe.cgroup("self", proc, tmp_path / "cg")
-    assert (seen["version"], seen["usage_bytes"], seen["peak_bytes"], seen["limit_bytes"]) == (2, 409000000, 500000000, 8 * GIB)
+    assert (seen["version"], seen["usage_bytes"], seen["peak_bytes"], seen["limit_bytes"]) == (
+        2,
+        409000000,
+        500000000,
+        8 * GIB,
+    )
     assert (seen["anon_bytes"], seen["file_bytes"], seen["events"]["oom_kill"]) == (300000000, 100000000, 0)
 
 
@@ -81,9 +88,16 @@ def test_cgroup_v1_and_a_container_that_sees_its_own_group_at_the_top(proc, tmp_
     group.mkdir(parents=True)
     (group / "memory.usage_in_bytes").write_text("1000\n")
     (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    (group / "memory.stat").write_text("total_rss 600\ntotal_cache 300\ntotal_inactive_file 200\ntotal_active_file 100\n")
+    (group / "memory.stat").write_text(
+        "total_rss 600\ntotal_cache 300\ntotal_inactive_file 200\ntotal_active_file 100\n"
+    )
     seen = observe.cgroup("self", proc, tmp_path / "cg")
-    assert (seen["version"], seen["usage_bytes"], seen["anon_bytes"], seen["file_bytes"]) == (1, 1000, 600, 300)
+    assert (seen["version"], seen["usage_bytes"], seen["anon_bytes"], seen["file_bytes"]) == (
+        1,
+        1000,
+        600,
+        300,
+    )
     assert seen["seen_at"] == "mount top"
     assert seen["absent"]["limit_bytes"] == "unlimited"
     assert "peak_bytes" not in seen
@@ -119,4 +133,3 @@ def test_page_cache_eats_memfree_and_not_memavailable(monkeypatch, proc):
     monkeypatch.setattr(sizing.observe, "meminfo", lambda: info)
     assert sizing.read_view("memfree")["free_bytes"] == 12 * GIB
     assert sizing.read_view("memavailable")["free_bytes"] == 110 * GIB
-

@@ -4,7 +4,15 @@ from hypothesis import strategies as st
 
 from spark_ray.outcome import ANSWERS, VOID, Facts, capacity_problem, derive
 
-KV = {"bytes": 64 * 8192, "blocks": 1, "tokens": 64, "tokens_per_block": 64, "bytes_per_token": 8192, "sequences": 0, "source": "fake"}
+KV = {
+    "bytes": 64 * 8192,
+    "blocks": 1,
+    "tokens": 64,
+    "tokens_per_block": 64,
+    "bytes_per_token": 8192,
+    "sequences": 0,
+    "source": "fake",
+}
 
 
 def result(failure=None, **measurements):
@@ -15,7 +23,11 @@ def result(failure=None, **measurements):
     ("facts", "kind", "reason"),
     [
         (Facts(result(), exit_code=0), "ok", "measured"),
-        (Facts(result({"kind": "infeasible", "reason": "pool", "message": ""}), exit_code=0), "infeasible", "pool"),
+        (
+            Facts(result({"kind": "infeasible", "reason": "pool", "message": ""}), exit_code=0),
+            "infeasible",
+            "pool",
+        ),
         (Facts(result(throughput={}), exit_code=0), "engine_error", "no_capacity"),
         (Facts(None, exit_code=139), "crashed", "SIGSEGV"),
         (Facts(None, exit_code=3), "crashed", "exit_3"),
@@ -28,7 +40,11 @@ def result(failure=None, **measurements):
         (Facts(None, exit_code=129), "disturbed", "host_side_gone"),
         (Facts(None, exit_code=None), "disturbed", "no_exit_status"),
         (Facts(None, start_error="no such flag"), "crashed", "start_refused"),
-        (Facts(result(), exit_code=0, contradictions=("root is the host's",)), "wrong_environment", "evidence"),
+        (
+            Facts(result(), exit_code=0, contradictions=("root is the host's",)),
+            "wrong_environment",
+            "evidence",
+        ),
         (Facts(result(), exit_code=0, not_reached="memory"), "disturbed", "not_reached"),
         (Facts(result(), exit_code=139), "crashed", "SIGSEGV"),
     ],
@@ -38,7 +54,14 @@ def test_each_fact_has_its_outcome(facts, kind, reason):
     assert (outcome.kind, outcome.reason) == (kind, reason)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from([*KV, "kv_cache"]), x, max_size=8)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda x: (
+            st.lists(x, max_size=3) | st.dictionaries(st.sampled_from([*KV, "kv_cache"]), x, max_size=8)
+        ),
+    )
+)
 def test_no_capacity_is_ever_ok_by_accident(measurements):
     if capacity_problem(measurements) is None:
         kv = measurements["kv_cache"]

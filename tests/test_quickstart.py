@@ -91,7 +91,9 @@ def test_the_limited_arms_boundary_is_inside_the_space(quickstart):
     store = Store.read(quickstart)
     if len(store.blocks()) < 8 or "docker-limited" not in store.plan["arms"]:
         pytest.skip("not the whole quickstart")
-    kinds = {r["outcome"]["kind"] for r in store.records() if r["arm"] == "docker-limited" and not r["superseded"]}
+    kinds = {
+        r["outcome"]["kind"] for r in store.records() if r["arm"] == "docker-limited" and not r["superseded"]
+    }
     assert "ok" in kinds
     assert kinds & {"infeasible", "out_of_memory"}
 
@@ -106,7 +108,9 @@ def test_the_capacity_has_two_sources_that_agree_and_the_law_explains_it(blocks)
             block = kv_cache["tokens_per_block"] * kv_cache["bytes_per_token"]
             assert kv_cache["bytes"] == kv_cache["second_source"]["bytes"]
             assert 0 <= sizing["available_bytes"] - kv_cache["bytes"] < block
-            assert sizing["available_bytes"] == int((sizing["free_bytes"] - sizing["transient_bytes"]) * sizing["fraction"])
+            assert sizing["available_bytes"] == int(
+                (sizing["free_bytes"] - sizing["transient_bytes"]) * sizing["fraction"]
+            )
             assert measured["throughput"]["output_tokens"] == 4 * 8
 
 

@@ -72,9 +72,9 @@ def test_a_disturbed_arm_voids_the_execution_and_the_next_one_counts(store):
     state = store.state(block)
     assert state.valid == 2
     assert store.capacities(state, ARMS) == {"a": 100, "b": None}
-    assert [(r["trial_id"], r["attempt"], r["superseded"]) for r in store.records() if not r["superseded"]] == [
-        (block.trial_id(arm), 2, False) for arm in block.order
-    ]
+    assert [
+        (r["trial_id"], r["attempt"], r["superseded"]) for r in store.records() if not r["superseded"]
+    ] == [(block.trial_id(arm), 2, False) for arm in block.order]
     assert sum(r["superseded"] for r in store.records()) == 2
 
 
@@ -90,7 +90,16 @@ def test_a_torn_record_is_no_record(tmp_path_factory, cut, tail):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from(ARMS), st.sampled_from(["ok", "disturbed", "crashed", "host_wedged"])), max_size=8))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 4),
+            st.sampled_from(ARMS),
+            st.sampled_from(["ok", "disturbed", "crashed", "host_wedged"]),
+        ),
+        max_size=8,
+    )
+)
 def test_every_block_counts_at_most_once_whatever_was_recorded(tmp_path_factory, puts):
     store = Store.create(tmp_path_factory.mktemp("s") / "run", {}, {})
     block = new_block(store)
@@ -158,9 +167,14 @@ except RunError as error:
     print('SAID', error)
 print('BLOCKS', [b.block_id for b in store.blocks()], sorted(p.name for p in (store.folder / 'blocks').iterdir()))
 """
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c \"$SCRIPT\""
+    mount = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$SCRIPT"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", mount], env={**os.environ, "SCRIPT": script}, capture_output=True, text=True, timeout=60, check=False
+        ["unshare", "--mount", "sh", "-c", mount],
+        env={**os.environ, "SCRIPT": script},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert "SAID cannot write" in done.stdout, done.stderr
     assert "No space left" in done.stdout

@@ -133,7 +133,9 @@ def test_no_permission_is_said_to_an_ordinary_user(home):
 
 
 @pytest.mark.process
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; every other run of yours shows the same")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can become another user; every other run of yours shows the same"
+)
 def test_an_ordinary_user_runs_native_arms_and_is_warned(home):
     """With the system's Python, which others may execute, over this environment's packages."""
     packages = [str(ROOT), *site.getsitepackages()]
@@ -155,7 +157,12 @@ def test_an_ordinary_user_runs_native_arms_and_is_warned(home):
 def _others_may_run(python, packages):
     probe = "import os; os.setgid(65534); os.setuid(65534); import pandas, pydantic_core, optuna, spark_ray.sweep, subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
     environment = {"PYTHONPATH": ":".join(packages), "PATH": os.environ["PATH"], "HOME": "/tmp"}
-    return subprocess.run([python, "-c", probe], capture_output=True, check=False, env=environment, timeout=60).returncode == 0
+    return (
+        subprocess.run(
+            [python, "-c", probe], capture_output=True, check=False, env=environment, timeout=60
+        ).returncode
+        == 0
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
@@ -167,16 +174,28 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 @pytest.mark.process
 def test_json_is_alone_on_standard_output(tmp_path):
-    done = run(write_yaml(tmp_path, experiment_data(blocks=1)), "--local", "--json", "--out", tmp_path / "run")
+    done = run(
+        write_yaml(tmp_path, experiment_data(blocks=1)), "--local", "--json", "--out", tmp_path / "run"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == "test"
 
 
 @pytest.mark.process
 def test_too_many_failures_is_exit_4_and_answers_are_not_failures(tmp_path):
-    done = run(write_yaml(tmp_path, experiment_data(blocks=1, behaviour="exit")), "--local", "--out", tmp_path / "bad")
+    done = run(
+        write_yaml(tmp_path, experiment_data(blocks=1, behaviour="exit")),
+        "--local",
+        "--out",
+        tmp_path / "bad",
+    )
     assert done.returncode == 4
-    done = run(write_yaml(tmp_path, experiment_data(blocks=1, behaviour="infeasible")), "--local", "--out", tmp_path / "full")
+    done = run(
+        write_yaml(tmp_path, experiment_data(blocks=1, behaviour="infeasible")),
+        "--local",
+        "--out",
+        tmp_path / "full",
+    )
     assert done.returncode == 0, done.stderr
 
 

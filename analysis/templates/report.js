@@ -1,4 +1,4 @@
-// Draws the charts in the page's own colours, again when the colour scheme changes or the page is printed.
+// Draws the charts in the page's own colours, again when the colour scheme changes or the page is printed (A4, landscape).
 (function () {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const style = getComputedStyle(document.documentElement);
@@ -6,7 +6,7 @@
     const ink = print ? "#000" : style.getPropertyValue("--ink").trim();
     const line = print ? "#bbb" : style.getPropertyValue("--line").trim();
     const of = (layout) => {
-      const change = { "font.color": ink };
+      const change = { "font.color": ink, width: print ? 1000 : null, autosize: !print };
       for (const key of Object.keys(layout)) {
         if (/^[xy]axis\d*$/.test(key)) Object.assign(change, { [key + ".gridcolor"]: line, [key + ".linecolor"]: line, [key + ".zerolinecolor"]: line });
       }

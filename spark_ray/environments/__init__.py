@@ -17,6 +17,8 @@ ATTEMPT_INSIDE = "/spark_ray/attempt"
 BUNDLE_INSIDE = "/spark_ray/bundle"
 MODEL_INSIDE = "/spark_ray/model"
 
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 """The only variables of the host that reach a worker which uses the host's own libraries."""
 
@@ -88,7 +90,7 @@ class Start:
 def worker_variables(bundle: str, content: Content, label: str) -> dict[str, str]:
     """The worker's whole environment: nothing of the caller's leaks in but what is named here."""
     return {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": DEFAULT_PATH,
         "HOME": "/tmp",  # noqa: S108  the worker's own; in a container and a chroot it is private
         "LANG": "C.UTF-8",
         **content.variables,
