@@ -39,7 +39,7 @@ TOOL, BARE = "the tool", "docker run --rm -i"
 # How the calls of the daemon's API are shown, in the order of a trial; `ready` and `worker` are the worker's own.
 CALLS = ("create_container", "attach_socket", "start", "wait", "inspect_container", "remove_container")
 STEPS = (*CALLS[:3], "ready", "worker", *CALLS[3:])
-READY, END = f"{protocol.CONTROL} ready".encode(), f"{protocol.CONTROL} phase end".encode()
+READY = f"{protocol.CONTROL} ready".encode()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,9 +188,12 @@ class Sampler:
     def _waiting(self) -> int | None:
         if self._zoneinfo is None:
             return None
-        return sum(map(int, _PAGESET.findall(os.pread(self._zoneinfo, 1 << 20, 0)))) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
+        text = b""
+        while piece := os.pread(
+            self._zoneinfo, 1 << 20, len(text)
+        ):  # the kernel may give one NUMA node a read
+            text += piece
+        return sum(map(int, _PAGESET.findall(text))) * os.sysconf("SC_PAGE_SIZE")
 
     def _used(self) -> int | None:
         if self._usage is None:

@@ -33,8 +33,7 @@ def write_durably(path: Path, data: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1, allow_nan=False)
-            stream.write("\n")
+            stream.write(json.dumps(data, allow_nan=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -54,7 +53,7 @@ def write_durably(path: Path, data: Any) -> None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A whole record of this version, or None: a torn one is the same as none, its attempt did not end."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     outcome = record.get("outcome") if isinstance(record, dict) else None
@@ -65,7 +64,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
             f"{path} is a record of version {record.get('record_version')!r}; this program writes {RECORD_VERSION}",
             mend="use the version of spark_ray that wrote the run (see its record's spark_ray_version)",
         )
-    return record
+    return dict(record)
 
 
 @dataclass(frozen=True)

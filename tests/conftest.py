@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(item):
     report = (yield).get_result()
     for tier in TIERS:
         if item.get_closest_marker(tier):

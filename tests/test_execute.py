@@ -1,5 +1,6 @@
 """The drive: blocks on slots, void blocks again as a whole, exactly the budget, whatever the slots do."""
 
+import contextlib
 import threading
 from collections import Counter
 
@@ -23,7 +24,7 @@ class Silent:
 class ScriptedSlot:
     """Writes a record of the next outcome in its script; "lost" is an actor that died, "ok" when the script is over."""
 
-    def __init__(self, store, name="slot", script=(), stop_after=None):
+    def __init__(self, store, name="slot", script=()):
         self.name, self.store, self.script, self.calls = name, store, list(script), []
         self.stopped = threading.Event()
 
@@ -60,10 +61,8 @@ def drive(folder, made, scripts):
         interrupted = len(search.recover(finished))
         slots = [ScriptedSlot(store, f"slot-{i}", script) for i, script in enumerate(scripts)]
         drive = Drive(store, made, ["a", "b"], search, Silent(), interrupted)
-        try:
+        with contextlib.suppress(WatchdogStop):
             drive.run(slots)
-        except WatchdogStop:
-            pass
         return slots, drive
     finally:
         store.close()
@@ -95,7 +94,7 @@ def test_a_disturbed_block_runs_again_as_a_whole_in_the_same_order(tmp_path):
 
 
 def test_a_lost_actor_voids_only_its_block(tmp_path):
-    slots, _ = drive(tmp_path, experiment(blocks=2), [["ok", "lost"]])
+    _slots, _ = drive(tmp_path, experiment(blocks=2), [["ok", "lost"]])
     assert [state.valid for state in complete_blocks(tmp_path)] == [2, 1]
 
 

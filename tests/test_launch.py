@@ -254,12 +254,12 @@ def test_the_worker_runs_on_a_bare_interpreter(tmp_path):
     protocol.write_json(folder / "request.json", request)
     process = subprocess.Popen(
         [sys.executable, "-S", "-m", protocol.PACKAGE, str(folder)], env={"PYTHONPATH": str(tmp_path / "bundle")},
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
     )  # fmt: skip
-    process.stdin.write(b"go\n" * 10)
-    process.stdin.flush()
-    assert process.wait(timeout=30) == 0, (folder / "worker.log").read_text()
-    process.stdin.close()
+    with process:
+        for _ in process.stdout:
+            process.stdin.write(b"go\n")
+        assert process.wait(timeout=30) == 0, (folder / "worker.log").read_text()
     assert json.loads((folder / "result.json").read_text())["failure"] is None
 
 

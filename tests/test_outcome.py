@@ -86,5 +86,8 @@ def test_derive_is_total_and_ok_needs_a_clean_end(facts):
     assert outcome.reason
     if outcome.kind == "ok":
         assert facts.exit_code == 0
-        assert not (facts.stopped_by or facts.not_reached or facts.contradictions or facts.start_error)
+        assert not (facts.stopped_by)
+        assert not (facts.not_reached)
+        assert not (facts.contradictions)
+        assert not (facts.start_error)
     assert not ANSWERS & VOID

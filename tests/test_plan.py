@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 from hypothesis import given
@@ -14,7 +15,7 @@ def test_williams_balances_positions_and_neighbours(count):
     assert all(sorted(row) == list(range(count)) for row in rows)
     for position in range(count):
         assert set(Counter(row[position] for row in rows).values()) == {len(rows) // count}
-    neighbours = Counter(pair for row in rows for pair in zip(row, row[1:], strict=False))
+    neighbours = Counter(pair for row in rows for pair in itertools.pairwise(row))
     assert len(neighbours) == count * (count - 1)
     assert len(set(neighbours.values())) == 1
 

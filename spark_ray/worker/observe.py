@@ -8,19 +8,27 @@ Costs on a 2-core virtual machine: meminfo 20 us, a cgroup 20 us, zoneinfo 60 us
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+_PER_CPU_COUNT = re.compile(r"^ +count: +(\d+)", re.MULTILINE)  # only pagesets have a "count:"
 _V1_UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest page-aligned 63-bit number
+
+
+def _text(path: Path | str) -> str:
+    """A whole small file of the kernel, in a third of the time of `Path.read_text`."""
+    with open(path, "rb", buffering=0) as stream:  # noqa: PTH123
+        return stream.readall().decode(errors="replace")  # a process may name itself in any bytes
 
 
 def meminfo(proc: Path = PROC) -> dict[str, int]:
     """Every field of /proc/meminfo, in bytes (the kernel's "kB" are KiB); HugePages_* stay counts."""
     fields = {}
-    for line in (proc / "meminfo").read_text().splitlines():
+    for line in _text(proc / "meminfo").splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
         if words:
@@ -30,19 +38,13 @@ def meminfo(proc: Path = PROC) -> dict[str, int]:
 
 def per_cpu_free_bytes(proc: Path = PROC) -> int:
     """Free pages waiting in per-CPU lists: in no meminfo counter, given back slowly (sum of zoneinfo pagesets)."""
-    pages, in_pagesets = 0, False
-    for line in (proc / "zoneinfo").read_text().splitlines():
-        words = line.split()
-        if words[0] in {"pagesets", "Node"}:
-            in_pagesets = words[0] == "pagesets"
-        elif in_pagesets and words[0] == "count:":
-            pages += int(words[1])
+    pages = sum(map(int, _PER_CPU_COUNT.findall(_text(proc / "zoneinfo"))))
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _number(path: Path, name: str, values: dict[str, Any], absent: dict[str, str]) -> None:
     try:
-        text = path.read_text().strip()
+        text = _text(path).strip()
     except OSError as error:
         absent[name] = error.strerror or str(error)
         return
@@ -54,7 +56,7 @@ def _number(path: Path, name: str, values: dict[str, Any], absent: dict[str, str
 
 def _table(path: Path, name: str, values: dict[str, Any], absent: dict[str, str]) -> None:
     try:
-        pairs = [line.split() for line in path.read_text().splitlines()]
+        pairs = [line.split() for line in _text(path).splitlines()]
     except OSError as error:
         absent[name] = error.strerror or str(error)
         return
@@ -66,7 +68,7 @@ def _table(path: Path, name: str, values: dict[str, Any], absent: dict[str, str]
 def cgroup_path(pid: int | str, proc: Path = PROC) -> tuple[int, str]:
     """(version, path) of the group that accounts the memory of a process, as that process's cgroup namespace shows it."""
     unified = "/"
-    for line in (proc / str(pid) / "cgroup").read_text().splitlines():
+    for line in _text(proc / str(pid) / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             return 1, path
@@ -112,7 +114,7 @@ def cgroup(pid: int | str = "self", proc: Path = PROC, root: Path = CGROUP) -> d
 def pressure(proc: Path = PROC) -> dict[str, float] | None:
     """Total microseconds that some / all tasks stalled for memory since boot; None where the kernel has no PSI."""
     try:
-        lines = (proc / "pressure" / "memory").read_text().splitlines()
+        lines = _text(proc / "pressure" / "memory").splitlines()
     except OSError:
         return None
     return {line.split()[0] + "_total_us": float(line.rsplit("=", 1)[1]) for line in lines}
@@ -121,7 +123,7 @@ def pressure(proc: Path = PROC) -> dict[str, float] | None:
 def smaps(pid: int | str, proc: Path = PROC) -> dict[str, int]:
     """smaps_rollup of one process in bytes: Rss, Pss and their parts. Raises OSError when it may not be read."""
     values = {}
-    for line in (proc / str(pid) / "smaps_rollup").read_text().splitlines()[1:]:
+    for line in _text(proc / str(pid) / "smaps_rollup").splitlines()[1:]:
         words = line.split()
         if len(words) == 3 and words[2] == "kB":
             values[words[0].rstrip(":")] = int(words[1]) * 1024
@@ -130,21 +132,38 @@ def smaps(pid: int | str, proc: Path = PROC) -> dict[str, int]:
 
 def descendants(pid: int, proc: Path = PROC) -> list[int]:
     """The process and all its descendants now, parents first. A process that ends meanwhile is left out."""
-    children: dict[int, list[int]] = {}
-    for entry in proc.iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            parent = int(stat.rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
+    # Asking each process for its children costs 10 us; looking through all of /proc 40 us a process of the host.
+    known = None if (proc / "thread-self" / "children").exists() else _scanned(proc)
     found, queue = [], [pid]
     while queue:
         current = queue.pop(0)
         found.append(current)
-        queue += children.get(current, [])
+        queue += _listed(current, proc) if known is None else known.get(current, [])
     return found
+
+
+def _listed(pid: int, proc: Path) -> list[int]:
+    """What the kernel lists as children, of any thread of the process."""
+    found: list[int] = []
+    try:
+        for task in (proc / str(pid) / "task").iterdir():
+            found += map(int, _text(task / "children").split())
+    except OSError:
+        pass
+    return found
+
+
+def _scanned(proc: Path) -> dict[int, list[int]]:
+    """Children by parent, from every process there is: for kernels without the list, and recorded trees."""
+    children: dict[int, list[int]] = {}
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = _text(entry / "stat")
+            except OSError:
+                continue
+            children.setdefault(int(stat.rsplit(")", 1)[1].split()[1]), []).append(int(entry.name))
+    return children
 
 
 def tree(pid: int, proc: Path = PROC) -> dict[str, Any]:

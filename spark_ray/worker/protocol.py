@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, data: Any) -> None:
     """By rename: a reader sees a whole file or none. NaN and infinity are refused, since JSON has neither."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)  # noqa: PTH105  one call, the guest's floor is 3.10 and this is the primitive meant
 
 

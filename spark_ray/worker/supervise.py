@@ -37,7 +37,7 @@ def _children() -> list[int]:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    stat = (entry / "stat").read_text()
+                    stat = (entry / "stat").read_text(errors="replace")
                 except OSError:
                     continue
                 if int(stat.rsplit(")", 1)[1].split()[1]) == own:
