@@ -6,6 +6,8 @@ that cannot do what was asked, a run that must not go on. Each message says what
 
 from __future__ import annotations
 
+import errno
+
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_UNAVAILABLE = 3
@@ -44,6 +46,17 @@ class RunError(SparkRayError):
     """The run folder cannot be used: locked, changed, broken, disk full."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM})
+
+
+def cannot_write(error: OSError) -> RunError:
+    """A full, failing or forbidden disk, in words."""
+    return RunError(
+        f"cannot write {error.filename or 'to the disk'}: {error.strerror or error}",
+        mend="free space on that disk (or mend its permissions), then continue with --resume",
+    )
 
 
 class WatchdogStop(SparkRayError):

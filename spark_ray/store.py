@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import RunError
+from .errors import RunError, cannot_write
 from .outcome import VOID
 from .plan import Block
 
@@ -44,10 +44,7 @@ def write_durably(path: Path, data: Any) -> None:
             os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {path}: {error.strerror}",
-            mend="free space on that disk, then continue with --resume",
-        ) from error
+        raise cannot_write(error) from error
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

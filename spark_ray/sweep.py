@@ -20,7 +20,15 @@ from rich.console import Console
 
 from . import __version__, config, host
 from .cluster import Cluster, one_local_node
-from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, RunError, SparkRayError
+from .errors import (
+    DISK_ERRORS,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TOO_MANY_FAILURES,
+    RunError,
+    SparkRayError,
+    cannot_write,
+)
 from .execute import Drive, LocalSlots, failed_share, outcome_of
 from .preview import Preview, preview, probe
 from .search import Abandoned, Search, Told
@@ -314,6 +322,11 @@ def call(function: click.Command, arguments: list[str] | None) -> int:
     except SparkRayError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        click.echo(f"error: {cannot_write(error)}", err=True)
+        return RunError.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -213,3 +213,33 @@ def test_the_same_seed_plans_the_same_run(tmp_path):
         seen.append([json.loads(block.read_text()) for block in blocks])
     assert seen[0] == seen[1]
     assert len(seen[0]) == 2
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_in_mid_sweep_is_said_and_resume_completes(tmp_path):
+    """A real small file system, in a mount namespace of its own; made larger before the resume."""
+    path = write_yaml(tmp_path, experiment_data(blocks=BLOCKS))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = f"{sys.executable} -m spark_ray.sweep {path} --out {disk}/run --local"
+    script = f"""
+        mount -t tmpfs -o size=700k none {disk}
+        {command}; echo "FIRST $?"
+        mount -o remount,size=100m {disk}
+        {command} --resume; echo "SECOND $?"
+        cp -r {disk}/run {tmp_path}/saved
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "FIRST 2" in done.stdout, done.stdout + done.stderr
+    assert "No space left" in done.stderr
+    assert "--resume" in done.stderr
+    assert "SECOND 0" in done.stdout, done.stdout + done.stderr
+    assert_exactly_once(tmp_path / "saved")

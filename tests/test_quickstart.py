@@ -111,7 +111,7 @@ def test_the_capacity_has_two_sources_that_agree_and_the_law_explains_it(blocks)
             assert sizing["available_bytes"] == int(
                 (sizing["free_bytes"] - sizing["transient_bytes"]) * sizing["fraction"]
             )
-            assert measured["throughput"]["output_tokens"] == 4 * 8
+            assert measured["throughput"]["output_tokens"] == 2 * 4
 
 
 def test_the_report_and_its_tables_are_there(quickstart):
