@@ -9,9 +9,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import __version__, content, explain, image, rootfs, sweep
+from . import __version__, config, content, explain, image, rootfs, sweep
+from . import doctor as diagnose
+from . import reap as reaper
+from .errors import EXIT_OK, EXIT_UNAVAILABLE, UnavailableError
 from .store import Store
-from .terminal import configuration_words, show_summary
+from .terminal import configuration_words, show_checks, show_summary
 from .units import format_bytes
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -95,6 +98,47 @@ def report(run: Path, as_json: bool) -> None:
 def schema() -> None:
     """Print the JSON Schema of an experiment, for editors."""
     click.echo(json.dumps(explain.json_schema(), indent=2))
+
+
+@command.command()
+@click.argument("experiment", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(experiment: Path | None, as_json: bool) -> int:
+    """What this host has and lacks, each with the mend; for EXPERIMENT, only what it needs. Exit 3 if something is missing."""
+    wanted = config.load_experiment(experiment).experiment if experiment else None
+    found = list(diagnose.checks(wanted, Path("runs").absolute()))
+    if as_json:
+        versions = diagnose.environment_summary()
+        click.echo(
+            json.dumps({"versions": versions, "checks": [check.as_dict() for check in found]}, indent=1)
+        )
+    else:
+        show_checks(Console(), [check.as_dict() for check in found])
+    return EXIT_UNAVAILABLE if diagnose.worst(found) == "missing" else EXIT_OK
+
+
+@command.command()
+@click.argument("run", type=_FOLDER, required=False)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def reap(run: Path | None, dry_run: bool) -> None:
+    """Remove what earlier deaths left, of RUN or of any run that nobody drives, and only that."""
+    try:
+        client = image.connect(timeout_s=10)
+    except UnavailableError:
+        client = None  # without a daemon there are no containers of ours either
+    try:
+        found = reaper.leftovers(run, client)
+        for one in found:
+            click.echo(
+                f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name[:80]}  {one.what}  ({one.run})"
+            )
+            if not dry_run:
+                reaper.remove(one, client)
+    finally:
+        if client is not None:
+            client.close()
+    if not found:
+        click.echo("nothing is left behind")
 
 
 # ---- rootfs and image -------------------------------------------------------------------------------------

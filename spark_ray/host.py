@@ -84,6 +84,40 @@ def gpus() -> list[dict[str, Any]]:
         pynvml.nvmlShutdown()
 
 
+def nvml_fields() -> dict[str, dict[str, str | None]] | str:
+    """Which NVML questions each device answers: None is an answer, a text is NVML's refusal. A text: no NVML here."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"no NVIDIA driver answers: {error}"
+    questions = {
+        "memory": pynvml.nvmlDeviceGetMemoryInfo,
+        "utilization": pynvml.nvmlDeviceGetUtilizationRates,
+        "power": pynvml.nvmlDeviceGetPowerUsage,
+        "energy": pynvml.nvmlDeviceGetTotalEnergyConsumption,
+        "throttle reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons,
+        "processes": pynvml.nvmlDeviceGetComputeRunningProcesses,
+        "temperature": lambda device: pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
+        "SM clock": lambda device: pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM),
+    }
+    found: dict[str, dict[str, str | None]] = {}
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            answers = found.setdefault(f"{index} {pynvml.nvmlDeviceGetName(device)}", {})
+            for name, ask in questions.items():
+                try:
+                    ask(device)
+                    answers[name] = None
+                except pynvml.NVMLError as error:
+                    answers[name] = str(error)
+    finally:
+        pynvml.nvmlShutdown()
+    return found
+
+
 def oom_kills() -> int:
     """Kernel out-of-memory kills since boot, any group."""
     for line in Path("/proc/vmstat").read_text().splitlines():

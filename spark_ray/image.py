@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import docker
-from docker.errors import APIError, DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound, InvalidArgument, NotFound
+from docker.types import Ulimit
 from docker.utils import parse_repository_tag
 
 from .errors import InputError, UnavailableError
@@ -53,6 +54,40 @@ def connect(timeout_s: int = 60) -> Any:
     except (DockerException, OSError) as error:
         raise _unreachable(error) from error
     return client
+
+
+def try_flag(client: Any, image_id: str, settings: dict[str, Any]) -> str | None:
+    """Start a container of `image_id` that does nothing, with host_config `settings`: the daemon's refusal, or None."""
+    limits = [
+        Ulimit(name=name, soft=value, hard=value) for name, value in settings.get("ulimits", {}).items()
+    ]
+    config = settings | ({"ulimits": limits} if limits else {})
+    config.setdefault("network_mode", "none")
+    created = None
+    try:
+        created = client.api.create_container(
+            image_id, command=["/bin/true"], entrypoint="", labels={"spark_ray.purpose": "probe"},
+            host_config=client.api.create_host_config(**config),
+        )["Id"]  # fmt: skip
+        client.api.start(created)
+        code = client.api.wait(created, timeout=30)["StatusCode"]
+    except (APIError, InvalidArgument) as error:
+        return str(getattr(error, "explanation", None) or error)
+    finally:
+        if created is not None:
+            remove_container(client, created)
+    return None if code == 0 else f"the container ended with status {code}"
+
+
+def remove_container(client: Any, container_id: str) -> None:
+    """Remove a container, running or not. That it is gone already is success."""
+    try:
+        client.api.remove_container(container_id, force=True)
+    except NotFound:
+        return
+    except APIError as error:
+        if error.status_code != 409:  # "removal already in progress"
+            raise
 
 
 def _unreachable(error: BaseException) -> UnavailableError:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from . import __version__, config, host
+from . import __version__, config, host, image, reap
 from .cluster import Cluster, one_local_node
 from .errors import (
     DISK_ERRORS,
@@ -30,6 +30,7 @@ from .errors import (
     cannot_write,
 )
 from .execute import Drive, LocalSlots, failed_share, outcome_of
+from .experiment import DockerEnvironment
 from .preview import Preview, preview, probe
 from .search import Abandoned, Search, Told
 from .store import Store, copy_bundle
@@ -159,6 +160,21 @@ def _slots(
     return slots
 
 
+def _reap(folder: Path, plan: Preview, console: Console) -> None:
+    """What the last driver's death left of this run goes before anything is measured."""
+    wants_docker = any(
+        isinstance(plan.experiment.arms[arm].environment, DockerEnvironment) for arm in plan.executed
+    )
+    client = image.connect() if wants_docker else None
+    try:
+        for one in reap.leftovers(folder, client, driver=True):
+            reap.remove(one, client)
+            console.print(f"removed {one.kind} {one.name[:80]} of the last driver", highlight=False)
+    finally:
+        if client is not None:
+            client.close()
+
+
 def _log_to(folder: Path) -> logging.Handler:
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -196,6 +212,8 @@ def _drive(
     search = Search(experiment.search, seed=experiment.seed, journal=store.journal, name=experiment.name)
     interrupted = _recover(store, search, loaded)
     done = sum(state.complete for state in map(store.state, store.blocks()))
+    if options.resume:
+        _reap(store.folder, plan, console)
     console.print(f"preparing {', '.join(plan.executed)} ...", highlight=False)
     slots = _slots(store, loaded, plan, options, console)
     handler = _log_to(store.folder)

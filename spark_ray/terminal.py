@@ -178,3 +178,17 @@ def show_summary(console: Console, summary: Mapping[str, Any], report: str | Non
     console.print(summary["verdict"], style="bold", soft_wrap=True, highlight=False)
     if report:
         console.print(f"report  {report}", soft_wrap=True, highlight=False)
+
+
+def show_checks(console: Console, checks: list[dict[str, str]]) -> None:
+    """The doctor's findings, worst visible at a glance."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    colours = {"ok": "green", "warn": "yellow", "missing": "red"}
+    for check in checks:
+        mend = f"\nmend: {check['mend']}" if check["mend"] and check["status"] != "ok" else ""
+        table.add_row(
+            Text(check["status"], style=colours[check["status"]]), check["name"], Text(check["found"] + mend)
+        )
+    console.print(table)

@@ -19,6 +19,9 @@ MODEL_INSIDE = "/spark_ray/model"
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+RUN_VARIABLE = "SPARK_RAY_RUN"
+"""Names the run folder in every worker's environment, so that what outlives a run can be told whose it was."""
+
 PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 """The only variables of the host that reach a worker which uses the host's own libraries."""
 
@@ -87,16 +90,17 @@ class Start:
     enter: dict[str, Any] | None = None  # specification for the `enter` root act, written beside the request
 
 
-def worker_variables(bundle: str, content: Content, label: str) -> dict[str, str]:
+def worker_variables(bundle: str, site: Site) -> dict[str, str]:
     """The worker's whole environment: nothing of the caller's leaks in but what is named here."""
     return {
         "PATH": DEFAULT_PATH,
         "HOME": "/tmp",  # noqa: S108  the worker's own; in a container and a chroot it is private
         "LANG": "C.UTF-8",
-        **content.variables,
+        **site.content.variables,
         "PYTHONPATH": bundle,
         "PYTHONDONTWRITEBYTECODE": "1",
-        "SPARK_RAY_TRIAL": label,
+        "SPARK_RAY_TRIAL": site.label,
+        RUN_VARIABLE: site.run_label,
     }
 
 

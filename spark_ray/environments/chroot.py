@@ -34,7 +34,7 @@ def start(spec: ChrootEnvironment, site: Site) -> Start:  # noqa: ARG001
     ]
     if site.model:
         mounts.append((str(site.model), MODEL_INSIDE, True))
-    variables = worker_variables(BUNDLE_INSIDE, site.content, site.label)
+    variables = worker_variables(BUNDLE_INSIDE, site)
     enter = {
         "root": site.content.root,
         "mounts": [{"source": source, "target": target, "read_only": ro} for source, target, ro in mounts],

@@ -67,7 +67,7 @@ def host_config(spec: DockerEnvironment, site: Site) -> dict[str, Any]:
 
 
 def start(spec: DockerEnvironment, site: Site) -> Start:
-    variables = worker_variables(BUNDLE_INSIDE, site.content, site.label)
+    variables = worker_variables(BUNDLE_INSIDE, site)
     argv = worker_argv(site.content, ATTEMPT_INSIDE)
     container = {
         "image": site.content.image_id,

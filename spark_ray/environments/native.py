@@ -16,7 +16,7 @@ def start(spec: NativeEnvironment, site: Site) -> Start:  # noqa: ARG001
     folder = str(site.attempt)
     return Start(
         argv=worker_argv(site.content, folder),
-        variables=worker_variables(str(site.bundle), site.content, site.label),
+        variables=worker_variables(str(site.bundle), site),
         folder=folder,
         model=str(site.model) if site.model else None,
     )
