@@ -35,7 +35,7 @@ import optuna
 from rich.console import Console
 from rich.table import Table
 
-from spark_ray import config, host, sweep
+from spark_ray import config, host, opening
 from spark_ray.cluster import one_local_node
 from spark_ray.execute import Drive, LocalSlots
 from spark_ray.plan import Block
@@ -114,7 +114,7 @@ class Ours:
         self._experiment = loaded.experiment
         plan = preview(loaded.experiment, one_local_node(), probe(loaded.experiment))
         self._arms = plan.executed
-        self.store: Store = sweep._new_store(folder / "run", loaded, plan, sweep.Options(local=True))
+        self.store: Store = opening.begin(folder / "run", loaded, plan, cluster=None, executor="local")
         self._search = Search(
             loaded.experiment.search, seed=0, journal=self.store.journal, name=loaded.experiment.name
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from .plan import Block, make_block
 from .rootact import RootActs
 from .store import BlockState, Store
 from .worker import protocol
+
+logger = logging.getLogger("spark_ray")
 
 
 class Slot(Protocol):
@@ -121,8 +124,14 @@ class Drive:
         search: Searcher,
         listener: Listener,
         interrupted: int = 0,
+        *,
+        enough: Callable[[int], bool] = lambda begun: False,  # noqa: ARG005
     ) -> None:
-        """`interrupted`: how many blocks `search.recover` found open; the next asks propose those first."""
+        """Drive a run.
+
+        `interrupted`: how many blocks `search.recover` found open; the next asks propose those first.
+        `enough`: asked with the number of blocks begun by this process; true and no further one is begun.
+        """
         self._store = store
         self._experiment = experiment
         self._arms = tuple(arms)
@@ -134,6 +143,9 @@ class Drive:
         self._known = {block.study_trial: block for block in blocks}
         self._interrupted = interrupted
         self._count = len(blocks)
+        self._begun = 0
+        self._enough = enough
+        self.paused = False
         self._slots: Sequence[Slot] = ()
         self.given_up: list[str] = []
         self.errors: list[BaseException] = []
@@ -174,10 +186,13 @@ class Drive:
             yield block
 
     def _next_block(self) -> Block | None:
-        if self._interrupted:
-            self._interrupted -= 1
-        elif self._count >= self._experiment.search.blocks:
+        if not self._interrupted and self._count >= self._experiment.search.blocks:
             return None
+        if self._enough(self._begun):
+            self.paused = True
+            return None
+        self._begun += 1
+        self._interrupted = max(0, self._interrupted - 1)
         proposal = self._search.ask()
         if proposal is None:
             return None
@@ -205,6 +220,7 @@ class Drive:
                 self._tell(self._store.state(block))
                 return
         self.given_up.append(block.block_id)
+        logger.warning("%s was disturbed too often and is given up", block.block_id)
         with self._lock:
             self._search.abandon(
                 block.study_trial, f"disturbed {self._experiment.limits.block_attempts} times"
@@ -217,11 +233,21 @@ class Drive:
             if self._stop.is_set():
                 return True
             self._listener.trial_started(slot.name, block, arm, attempt)
+            logger.info("%s %s/%d begins on %s", block.block_id, arm, attempt, slot.name)
             try:
                 outcome = slot.run(block, arm, attempt)
             except SlotLost as error:
                 outcome = {"kind": "disturbed", "reason": "slot_lost", "message": str(error)}
             self._listener.trial_ended(slot.name, block, arm, outcome)
+            logger.info(
+                "%s %s/%d %s %s %s",
+                block.block_id,
+                arm,
+                attempt,
+                outcome["kind"],
+                outcome["reason"],
+                outcome["message"],
+            )
             if outcome["kind"] == "host_wedged":
                 raise WatchdogStop(
                     f"{block.trial_id(arm)}: {outcome['message']}",
@@ -233,6 +259,11 @@ class Drive:
 
     def _tell(self, state: BlockState) -> None:
         told = outcome_of(state, self._store, self._experiment)
+        logger.info(
+            "%s complete: contrast %s",
+            state.block.block_id,
+            told[0] if told else "none, a compared arm failed",
+        )
         with self._lock:
             if told is None:
                 self._search.abandon(state.block.study_trial, "a compared arm failed")

@@ -10,10 +10,12 @@ One driver at a time: the folder is locked while a driver lives. Readers need no
 
 from __future__ import annotations
 
+import compileall
 import dataclasses
 import fcntl
 import json
 import os
+import py_compile
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import IO, Any
 from .errors import RunError, cannot_write
 from .outcome import VOID
 from .plan import Block
+from .worker import protocol
 
 RECORD_VERSION = 1
 RECORD = "record.json"
@@ -88,8 +91,10 @@ class Store:
     # -- opening ------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, folder: Path, files: dict[str, str], plan: dict[str, Any]) -> Store:
-        """A new run: `files` are kept verbatim, `plan` (plan.json) is written last and makes it a run."""
+    def create(
+        cls, folder: Path, files: dict[str, str], plan: dict[str, Any], worker: Path | None = None
+    ) -> Store:
+        """A new run: `files` verbatim, `worker` as the bundle; `plan` (plan.json) is written last and makes it a run."""
         if folder.exists() and any(folder.iterdir()):
             raise RunError(
                 f"{folder} is not empty",
@@ -101,6 +106,8 @@ class Store:
                 (folder / name).mkdir()
             for name, text in files.items():
                 (folder / name).write_text(text, encoding="utf-8")
+            if worker is not None:
+                copy_bundle(worker, folder / "bundle" / protocol.PACKAGE)
         except OSError as error:
             raise RunError(
                 f"cannot create {error.filename or folder}: {error.strerror}", mend="choose another --out"
@@ -224,5 +231,6 @@ class Store:
 
 
 def copy_bundle(source: Path, target: Path) -> None:
-    """The worker package, as files only, under the name it runs by."""
+    """The worker package under the name it runs by, compiled; a file that is changed is compiled again."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    compileall.compile_dir(target, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)

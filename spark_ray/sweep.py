@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import compileall
-import difflib
+import contextlib
 import json
 import logging
-import py_compile
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,27 +17,26 @@ from typing import Any
 import click
 from rich.console import Console
 
-from . import __version__, config, host, image, reap
+from . import __version__, config, image, opening, reap
 from .cluster import Cluster, one_local_node
 from .errors import (
     DISK_ERRORS,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_TOO_MANY_FAILURES,
+    InputError,
     RunError,
     SparkRayError,
     cannot_write,
 )
-from .execute import Drive, LocalSlots, failed_share, outcome_of
+from .execute import Drive, LocalSlots, failed_share
 from .experiment import DockerEnvironment
 from .preview import Preview, preview, probe
-from .search import Abandoned, Search, Told
-from .store import Store, copy_bundle
+from .search import Search
+from .store import Store
 from .terminal import Terminal, show_plan, show_summary
-from .worker import protocol
+from .units import parse_duration_s
 
-_WORKER = Path(__file__).parent / "worker"
-_MAY_CHANGE = ("limits", "question")  # on resume, beside the budget: they do not change what is measured
 logger = logging.getLogger("spark_ray")
 
 
@@ -53,7 +51,19 @@ class Options:
     resume: bool = False
     plan: bool = False
     json: bool = False
-    report: bool = True
+    max_blocks: int | None = None
+    max_time_s: float | None = None
+    verbose: bool = False
+
+    def enough(self) -> Callable[[int], bool]:
+        """Whether this process has begun as many blocks, or run as long, as it was told to."""
+        started = time.monotonic()
+
+        def ask(begun: int) -> bool:
+            late = self.max_time_s is not None and time.monotonic() - started >= self.max_time_s
+            return late or (self.max_blocks is not None and begun >= self.max_blocks)
+
+        return ask
 
 
 def run_folder(options: Options, name: str) -> Path:
@@ -73,75 +83,6 @@ def run_folder(options: Options, name: str) -> Path:
             )
         return taken[used - 1]
     return taken[used]
-
-
-# ---- the run folder ---------------------------------------------------------------------------------------
-
-
-def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in resolved.items() if key not in _MAY_CHANGE}
-    return kept | {
-        "search": {key: value for key, value in resolved.get("search", {}).items() if key != "blocks"}
-    }
-
-
-def _new_store(folder: Path, loaded: config.LoadedExperiment, plan: Preview, options: Options) -> Store:
-    files = {"experiment.yaml": loaded.text}
-    if options.cluster is not None:
-        files["cluster.yaml"] = options.cluster.read_text(encoding="utf-8")
-    description = {
-        "spark_ray_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(),
-        "experiment": loaded.resolved,
-        "overrides": list(loaded.overrides),
-        "arms": list(plan.executed),
-        "left_out": {
-            arm.name: [str(problem) for problem in arm.problems] for arm in plan.arms if not arm.available
-        },
-        "warnings": {arm.name: list(arm.warnings) for arm in plan.arms if arm.warnings},
-        "executor": "local" if options.local else "ray",
-        "host": host.describe(),
-        "bundle_sha256": protocol.package_sha256(_WORKER),
-    }
-    store = Store.create(folder, files, description)
-    bundle = folder / "bundle" / protocol.PACKAGE
-    copy_bundle(_WORKER, bundle)
-    compileall.compile_dir(bundle, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
-    return store
-
-
-def _resumed_store(folder: Path, loaded: config.LoadedExperiment, plan: Preview) -> Store:
-    store = Store.resume(folder)
-    stored = store.plan
-    before, now = (
-        json.dumps(_comparable(x), indent=1, sort_keys=True) for x in (stored["experiment"], loaded.resolved)
-    )
-    if before != now:
-        change = "\n".join(
-            difflib.unified_diff(before.splitlines(), now.splitlines(), "run", "now", lineterm="", n=0)
-        )
-        raise RunError(
-            f"the experiment is not the one of {folder}:\n{change}",
-            mend="start a new run, or undo the change",
-        )
-    if stored["bundle_sha256"] != protocol.package_sha256(folder / "bundle" / protocol.PACKAGE):
-        raise RunError(f"{folder}/bundle was changed since the run began", mend="start a new run")
-    if tuple(stored["arms"]) != plan.executed:
-        raise RunError(
-            f"the run was begun with arms {', '.join(stored['arms'])}; this host now offers {', '.join(plan.executed)}",
-            mend="mend the host (see the plan above), or start a new run",
-        )
-    return store
-
-
-def _recover(store: Store, search: Search, loaded: config.LoadedExperiment) -> int:
-    """Make the study agree with the records; returns how many blocks are open."""
-    finished: dict[int, Told | Abandoned] = {}
-    for state in map(store.state, store.blocks()):
-        if state.complete:
-            told = outcome_of(state, store, loaded.experiment)
-            finished[state.block.study_trial] = Told(*told) if told else Abandoned("a compared arm failed")
-    return len(search.recover(finished))
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -175,12 +116,23 @@ def _reap(folder: Path, plan: Preview, console: Console) -> None:
             client.close()
 
 
-def _log_to(folder: Path) -> logging.Handler:
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
+@contextlib.contextmanager
+def _logging(folder: Path, *, verbose: bool) -> Iterator[None]:
+    """Log to run.log, and to standard error if asked."""
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / "run.log", encoding="utf-8")]
+    if verbose:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    return handler
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 class _Interrupt:
@@ -206,22 +158,22 @@ class _Interrupt:
 
 def _drive(
     store: Store, loaded: config.LoadedExperiment, plan: Preview, options: Options, console: Console
-) -> bool:
-    """Execute what is pending. True when it was interrupted."""
+) -> str:
+    """Execute what is pending; says whether it finished, paused (--max-blocks, --max-time), or was interrupted."""
     experiment = loaded.experiment
     search = Search(experiment.search, seed=experiment.seed, journal=store.journal, name=experiment.name)
-    interrupted = _recover(store, search, loaded)
+    interrupted = opening.recover(store, search, experiment)
     done = sum(state.complete for state in map(store.state, store.blocks()))
     if options.resume:
         _reap(store.folder, plan, console)
     console.print(f"preparing {', '.join(plan.executed)} ...", highlight=False)
     slots = _slots(store, loaded, plan, options, console)
-    handler = _log_to(store.folder)
+    terminal = Terminal(console, experiment.search.blocks, done, len(plan.executed), quiet=options.json)
     try:
-        with Terminal(
-            console, experiment.search.blocks, done, len(plan.executed), quiet=options.json
-        ) as terminal:
-            drive = Drive(store, experiment, plan.executed, search, terminal, interrupted)
+        with _logging(store.folder, verbose=options.verbose), terminal:
+            drive = Drive(
+                store, experiment, plan.executed, search, terminal, interrupted, enough=options.enough()
+            )
             interrupt = _Interrupt(drive)
             try:
                 drive.run(slots.slots)
@@ -231,11 +183,14 @@ def _drive(
             console.print(
                 f"[yellow]{block_id} was disturbed {experiment.limits.block_attempts} times and given up[/yellow]"
             )
-        return interrupt.hit
+        return "interrupted" if interrupt.hit else "paused" if drive.paused else "finished"
     finally:
         slots.close()
-        logger.removeHandler(handler)
-        handler.close()
+
+
+def _begin(folder: Path, loaded: config.LoadedExperiment, plan: Preview, options: Options) -> Store:
+    cluster = options.cluster.read_text(encoding="utf-8") if options.cluster else None
+    return opening.begin(folder, loaded, plan, cluster=cluster, executor="local" if options.local else "ray")
 
 
 def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
@@ -253,19 +208,16 @@ def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
         from .actors import check_address
 
         check_address(options.address)
-    store = (
-        _resumed_store(folder, loaded, plan) if options.resume else _new_store(folder, loaded, plan, options)
-    )
+    store = opening.again(folder, loaded, plan) if options.resume else _begin(folder, loaded, plan, options)
     try:
-        hit = _drive(store, loaded, plan, options, console)
+        ended = _drive(store, loaded, plan, options, console)
         summary = finish(store, console, options)
     finally:
         store.close()
-    if hit:
-        console.print(
-            f"interrupted; everything measured is kept. Continue with:\n  {resume_line(path, overrides, options, folder)}",
-            soft_wrap=True,
-        )
+    if ended != "finished":
+        line = resume_line(path, overrides, options, folder)
+        console.print(f"{ended}; everything measured is kept. Continue with:\n  {line}", soft_wrap=True)
+    if ended == "interrupted":
         return EXIT_INTERRUPTED
     failed, total = failed_share(store)
     if options.json:
@@ -308,6 +260,18 @@ def resume_line(path: Path, overrides: tuple[str, ...], options: Options, folder
 @click.option("--cluster", type=click.Path(path_type=Path), help="Cluster file whose slots the plan counts.")
 @click.option("--local", is_flag=True, help="Without Ray: one slot, in this process. Records are the same.")
 @click.option("--resume", is_flag=True, help="Finish exactly what is missing in a run.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same as --set seed=N.")
+@click.option(
+    "--max-blocks",
+    type=click.IntRange(min=1),
+    help="Begin no more than this many blocks now; --resume does the rest.",
+)
+@click.option(
+    "--max-time",
+    metavar="DURATION",
+    help="Begin no block after this long (90s, 20min, 8h); --resume does the rest.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Print the log (run.log) on standard error as well.")
 @click.option("--plan", is_flag=True, help="Print everything that would happen, and stop.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change one value of the experiment."
@@ -321,14 +285,21 @@ def resume_line(path: Path, overrides: tuple[str, ...], options: Options, folder
 @click.version_option(__version__)
 def command(
     experiment: Path, out: Path | None, address: str | None, cluster: Path | None, local: bool, resume: bool, plan: bool,
-    overrides: tuple[str, ...], as_json: bool,
+    overrides: tuple[str, ...], as_json: bool, seed: int | None, max_blocks: int | None, max_time: str | None, verbose: bool,
 ) -> int:  # fmt: skip
     """Execute EXPERIMENT (a YAML file) as blocks of paired trials, and write its report."""
     if local and address:
         raise click.UsageError("--local is without Ray, --address joins one: choose")
+    try:
+        max_time_s = parse_duration_s(max_time) if max_time else None
+    except ValueError as error:
+        raise InputError(f"--max-time: {error}") from error
+    if seed is not None:
+        overrides = (*overrides, f"seed={seed}")
     options = Options(
-        out=out, address=address, cluster=cluster, local=local, resume=resume, plan=plan, json=as_json
-    )
+        out=out, address=address, cluster=cluster, local=local, resume=resume, plan=plan, json=as_json,
+        max_blocks=max_blocks, max_time_s=max_time_s, verbose=verbose,
+    )  # fmt: skip
     return run(experiment, overrides, options)
 
 

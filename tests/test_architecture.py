@@ -12,7 +12,7 @@ LAYERS = [
     {"worker"}, {"errors", "units"}, {"spec"}, {"experiment"}, {"privileged", "tether"}, {"rootact"},
     {"rootfs_host"}, {"rootfs"}, {"image"}, {"environments", "treatments"}, {"cluster"}, {"explain"}, {"config"}, {"plan"},
     {"divergence", "outcome"}, {"store"}, {"host", "guest"}, {"content"}, {"launch", "reap"}, {"execute"}, {"actors", "search"},
-    {"preview"}, {"terminal"}, {"sweep", "doctor"}, {"cli"}, {"__main__"},
+    {"preview"}, {"terminal", "opening"}, {"sweep", "doctor"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Pairs that know each other on purpose: the host build is a part of rootfs, split for size; an image is made from a

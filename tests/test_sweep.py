@@ -121,6 +121,9 @@ def home():
 @pytest.mark.root
 def test_no_permission_is_said_to_an_ordinary_user(home):
     """Without root, sudo or the docker group; modules are loaded first, as the interpreter may be root's own."""
+    closed = [p for p in (ROOT, *ROOT.parents, *Path(sys.prefix).parents) if not p.stat().st_mode & 0o001]
+    if closed:
+        pytest.skip(f"{closed[0]} is closed to other users")
     path = write_yaml(home, experiment_data(arms=("native", "chroot")))
     done = subprocess.run(
         [sys.executable, "-c", SWEEP + DROP + MAIN, str(home), str(path), "--out", str(home / "run")],
@@ -236,3 +239,53 @@ def test_the_cluster_file_plans_its_slots(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "slots" in done.stdout
     assert "head, worker-1" in done.stdout
+
+
+@pytest.mark.process
+def test_a_budget_of_blocks_or_time_pauses_and_resume_does_the_rest(tmp_path):
+    path, folder = write_yaml(tmp_path, experiment_data(blocks=3)), tmp_path / "run"
+    done = run(path, "--local", "--out", folder, "--max-blocks", 1, "--seed", 4, "-v")
+    assert done.returncode == 0, done.stderr
+    assert "--set seed=4 --resume" in done.stdout
+    assert "b0000 a/1 begins" in done.stderr
+    assert "b0000 complete" in (folder / "run.log").read_text()
+    assert len(list((folder / "blocks").iterdir())) == 1
+    done = run(path, "--local", "--out", folder, "--seed", 4, "--resume", "--max-time", "0s")
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "blocks").iterdir())) == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "spark_ray", "resume", str(folder), "--local"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "blocks").iterdir())) == 3
+    assert run(path, "--max-time", "soon").returncode == 2
+
+
+@pytest.mark.process
+def test_a_run_moved_elsewhere_is_reported_there(tmp_path):
+    path = write_yaml(tmp_path, experiment_data(blocks=1))
+    assert run(path, "--local", "--out", tmp_path / "run").returncode == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "report.html").unlink()
+    for arguments in (["report", "--json"], ["status", "--json"], ["status"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "spark_ray", arguments[0], str(tmp_path / "moved"), *arguments[1:]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "moved" / "report.html").exists()
+
+
+@pytest.mark.process
+def test_no_colour_and_no_terminal_means_plain_text(tmp_path):
+    done = run(
+        write_yaml(tmp_path, experiment_data(blocks=1)), "--local", "--out", tmp_path / "run", NO_COLOR="1"
+    )
+    assert "\x1b" not in done.stdout + done.stderr

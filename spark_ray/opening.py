@@ -1,0 +1,94 @@
+"""A run folder begun, or opened again: what must be the same, and how the study is made to agree with the records."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import __version__, host
+from .config import LoadedExperiment
+from .errors import RunError
+from .execute import outcome_of
+from .experiment import Experiment
+from .preview import Preview
+from .search import Abandoned, Search, Told
+from .store import Store
+from .worker import protocol
+
+WORKER = Path(__file__).parent / "worker"
+_MAY_CHANGE = ("limits", "question")  # on resume, beside the budget: they do not change what is measured
+
+
+def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in resolved.items() if key not in _MAY_CHANGE}
+    return kept | {
+        "search": {key: value for key, value in resolved.get("search", {}).items() if key != "blocks"}
+    }
+
+
+def begin(
+    folder: Path, loaded: LoadedExperiment, plan: Preview, *, cluster: str | None, executor: str
+) -> Store:
+    """A new run: experiment and cluster file verbatim, the worker as it is now, and what was planned."""
+    files = {"experiment.yaml": loaded.text}
+    if cluster is not None:
+        files["cluster.yaml"] = cluster
+    description = {
+        "spark_ray_version": __version__,
+        "created_at": datetime.now(UTC).isoformat(),
+        "experiment": loaded.resolved,
+        "overrides": list(loaded.overrides),
+        "arms": list(plan.executed),
+        "left_out": {
+            arm.name: [str(problem) for problem in arm.problems] for arm in plan.arms if not arm.available
+        },
+        "warnings": {arm.name: list(arm.warnings) for arm in plan.arms if arm.warnings},
+        "executor": executor,
+        "host": host.describe(),
+        "bundle_sha256": protocol.package_sha256(WORKER),
+        "protocol_version": protocol.PROTOCOL_VERSION,
+    }
+    return Store.create(folder, files, description, worker=WORKER)
+
+
+def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
+    """A run to be continued: the same experiment, worker, protocol and arms, or an error that says what differs."""
+    store = Store.resume(folder)
+    stored = store.plan
+    before, now = (
+        json.dumps(_comparable(x), indent=1, sort_keys=True) for x in (stored["experiment"], loaded.resolved)
+    )
+    if before != now:
+        change = "\n".join(
+            difflib.unified_diff(before.splitlines(), now.splitlines(), "run", "now", lineterm="", n=0)
+        )
+        raise RunError(
+            f"the experiment is not the one of {folder}:\n{change}",
+            mend="start a new run, or undo the change",
+        )
+    if stored["protocol_version"] != protocol.PROTOCOL_VERSION:
+        raise RunError(
+            f"the run's worker speaks protocol {stored['protocol_version']}, this program {protocol.PROTOCOL_VERSION}",
+            mend=f"continue with spark_ray {stored['spark_ray_version']}, which began it",
+        )
+    if stored["bundle_sha256"] != protocol.package_sha256(folder / "bundle" / protocol.PACKAGE):
+        raise RunError(f"{folder}/bundle was changed since the run began", mend="start a new run")
+    if tuple(stored["arms"]) != plan.executed:
+        raise RunError(
+            f"the run was begun with arms {', '.join(stored['arms'])}; this host now offers {', '.join(plan.executed)}",
+            mend="mend the host (see the plan above), or start a new run",
+        )
+    return store
+
+
+def recover(store: Store, search: Search, experiment: Experiment) -> int:
+    """Make the study agree with the records; returns how many blocks are open."""
+    finished: dict[int, Told | Abandoned] = {}
+    for state in map(store.state, store.blocks()):
+        if state.complete:
+            told = outcome_of(state, store, experiment)
+            finished[state.block.study_trial] = Told(*told) if told else Abandoned("a compared arm failed")
+    return len(search.recover(finished))
