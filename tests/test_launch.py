@@ -279,3 +279,18 @@ def test_a_worker_whose_host_never_answers_ends_when_its_input_closes(tmp_path):
     assert process.wait(timeout=10) == 129
     process.stdout.close()
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.docker
+@pytest.mark.embedded
+def test_the_real_engine_out_of_memory_is_an_answer(tmp_path):
+    """Loading the libraries alone needs more than 192 MiB: the kernel ends it, and the record says so."""
+    data = experiment_data()
+    data["engine"] = {"kind": "embedded", "memory_view": "cgroup"}
+    data["model"] = {"random_llama": {"layers": 2}}
+    data["arms"]["a"]["environment"] = {"kind": "docker", "memory": "192MiB"}
+    one = Bench(tmp_path / "run", Experiment.model_validate(data))
+    record = one.run()
+    one.close()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("out_of_memory", "kernel_oom_kill")
+    assert record["host"]["end"]["oom_killed"] is True
