@@ -20,7 +20,11 @@ from .environments import Start
 
 
 class StartError(Exception):
-    """The environment refused to start the worker."""
+    """The worker was not started: refused by the environment, or (not `refused`) the environment does not answer."""
+
+    def __init__(self, message: str, *, refused: bool = True) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class ContainerGuest:
         try:
             self.container_id = self._create(start.container)
         except self._errors as error:
-            raise StartError(_explain(error)) from error
+            raise _start_error(error) from error
         try:
             stream = self._api.attach_socket(
                 self.container_id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
@@ -141,7 +145,7 @@ class ContainerGuest:
         except self._errors as error:
             self._remove()
             self._hang_up()
-            raise StartError(_explain(error)) from error
+            raise _start_error(error) from error
         self._socket.setblocking(True)
         self.control = self._socket.fileno()
 
@@ -166,7 +170,10 @@ class ContainerGuest:
 
     def read(self) -> bytes:
         """Control lines from standard output; standard error goes to the log. Frames have an 8-byte header."""
-        piece = self._socket.recv(65536)
+        try:
+            piece = self._socket.recv(65536)
+        except OSError:  # the daemon went away
+            return b""
         if not piece:
             return b""
         self._buffer += piece
@@ -190,7 +197,10 @@ class ContainerGuest:
     def pid_of(self, told: int) -> int:  # noqa: ARG002  the worker only knows its number inside
         from .worker.observe import descendants
 
-        first = int(self._api.inspect_container(self.container_id)["State"]["Pid"])
+        try:
+            first = int(self._api.inspect_container(self.container_id)["State"]["Pid"])
+        except self._errors as error:
+            raise ProcessLookupError(_explain(error)) from error
         if first == 0:
             raise ProcessLookupError
         return descendants(first)[-1]  # the supervisor's only child
@@ -238,6 +248,14 @@ def _docker_errors() -> tuple[type[BaseException], ...]:
     import requests
 
     return (docker.errors.DockerException, requests.exceptions.RequestException)
+
+
+def _start_error(error: BaseException) -> StartError:
+    import docker.errors
+
+    return StartError(
+        _explain(error), refused=isinstance(error, docker.errors.APIError | docker.errors.InvalidArgument)
+    )
 
 
 def _explain(error: BaseException) -> str:

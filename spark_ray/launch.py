@@ -51,6 +51,9 @@ class _Watch:
     stopped_by: str | None = None
     pid: int | None = None
     sampler: host.Sampler | None = None
+    ended: Ended = field(default_factory=lambda: Ended(None, {}))
+    start_error: str | None = None  # the environment refused
+    start_lost: str | None = None  # the environment did not answer
     noise: bytes = b""  # what the image's entrypoint and the like printed
 
 
@@ -72,25 +75,17 @@ class Launcher:
         started = time.monotonic()
         wait = self._wait_for_memory(job.limits)
         start = environments.module_of(job.environment).start(job.environment, job.site)
-        treated = self._treater.apply(job.treatment)
+        treated = self._treater.apply(job.treatment) if wait.reached else {}
         self._write_request(job, start)
         before = observe.observe("before_launch", with_tree=False)
-        self._wanted_bytes = (
-            before["meminfo"]["MemAvailable"]
-            + before.get("per_cpu_free_bytes", 0)
-            - job.limits.memory_tolerance
-        )
-        watch, ended, start_error = _Watch(observations=[before]), Ended(None, {}), None
+        # The level is the present one from here on: a program that came to stay disturbs once, not for ever.
+        level = before["meminfo"]["MemAvailable"] + before.get("per_cpu_free_bytes", 0)
+        self._wanted_bytes = level - job.limits.memory_tolerance
+        watch = _Watch(observations=[before])
         kills_before = host.oom_kills()
-        try:
-            guest = self._start(job, start)
-        except StartError as error:
-            start_error = str(error)
-        else:
-            try:
-                self._follow(guest, job, watch)
-            finally:
-                ended = guest.end()
+        if wait.reached:
+            self._execute(job, start, watch)
+        ended = watch.ended
         kills = max(host.oom_kills() - kills_before, int(bool(ended.details.get("oom_killed"))))
         self._treater.undo()
         watch.observations.append(observe.observe("after_exit", with_tree=False))
@@ -106,7 +101,8 @@ class Launcher:
             stopped_by=watch.stopped_by,
             not_reached=_not_reached(wait, treatments.not_held(job.treatment, watch.at_sizing)),
             contradictions=(*watch.contradictions, *self._inside_contradictions(job, watch, result)),
-            start_error=start_error,
+            start_error=watch.start_error,
+            start_lost=watch.start_lost,
         )
         times |= {"ended_at": datetime.now(UTC).isoformat()}
         seen = {
@@ -116,6 +112,19 @@ class Launcher:
         }  # fmt: skip
         protocol.write_json(job.folder / "host.json", seen)
         return self._record(job, start, seen, times, result, outcome.derive(facts))
+
+    def _execute(self, job: Job, start: environments.Start, watch: _Watch) -> None:
+        """Start the worker and stay with it until it has ended, one way or another."""
+        try:
+            guest = self._start(job, start)
+        except StartError as error:
+            watch.start_error = str(error) if error.refused else None
+            watch.start_lost = None if error.refused else str(error)
+            return
+        try:
+            self._follow(guest, job, watch)
+        finally:
+            watch.ended = guest.end()
 
     def _wait_for_memory(self, limits: Limits) -> host.Wait:
         wanted = self._wanted_bytes if self._wanted_bytes is not None else 0
@@ -182,17 +191,22 @@ class Launcher:
 
     def _hear(self, line: bytes, guest: Guest, job: Job, watch: _Watch) -> None:
         words = line.decode(errors="replace").split()
-        if not words or words[0] != protocol.CONTROL:
-            watch.noise += line + b"\n" if line.strip() else b""
-            return
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it can die while we look
-            if words[1] == "ready":
-                self._meet(guest, int(words[2]), job, watch)
-            elif words[1] == "phase" and watch.pid:
-                if words[2] == "sizing":
-                    watch.at_sizing = self._treater.seen_now()
-                watch.observations.append(observe.observe(words[2], watch.pid))
+            match words:
+                case [protocol.CONTROL, "ready", pid] if pid.isdigit():
+                    self._meet(guest, int(pid), job, watch)
+                case [protocol.CONTROL, "phase", name]:
+                    self._observe(name, watch)
+                case _:  # an entrypoint's banner
+                    watch.noise += line + b"\n" if line.strip() else b""
+                    return
         guest.answer()
+
+    def _observe(self, phase: str, watch: _Watch) -> None:
+        if phase == "sizing":
+            watch.at_sizing = self._treater.seen_now()
+        if watch.pid is not None:
+            watch.observations.append(observe.observe(phase, watch.pid))
 
     def _meet(self, guest: Guest, told_pid: int, job: Job, watch: _Watch) -> None:
         """Look at the live worker from outside: where it really runs."""
@@ -218,8 +232,10 @@ class Launcher:
     # -- after it -----------------------------------------------------------------------------------------
 
     def _inside_contradictions(self, job: Job, watch: _Watch, result: dict[str, Any] | None) -> list[str]:
-        if result is None or not watch.outside:
+        if result is None:
             return []
+        if not watch.outside:
+            return ["the host could not look at the worker while it lived"]
         return environments.common_contradictions(result["evidence"], watch.outside, job.bundle_sha256)
 
     def _save_samples(self, job: Job, watch: _Watch) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Facts:
     not_reached: str | None = None  # a treatment or gate that did not hold
     contradictions: tuple[str, ...] = ()
     start_error: str | None = None
+    start_lost: str | None = None  # what starts the worker did not answer
 
 
 def capacity_problem(measurements: Any) -> str | None:
@@ -104,6 +105,8 @@ def derive(facts: Facts) -> Outcome:
         )
     if facts.stopped_by == "interrupt":
         return Outcome("disturbed", "interrupted", "the run was interrupted")
+    if facts.start_lost is not None:
+        return Outcome("disturbed", "environment_gone", facts.start_lost)
     if facts.start_error is not None:
         return Outcome("crashed", "start_refused", facts.start_error)
     if facts.contradictions:

@@ -192,6 +192,55 @@ def test_a_native_label_on_a_chroot_is_found_out(bench, monkeypatch):
     assert "root is" in record["outcome"]["message"]
 
 
+def test_memory_that_does_not_come_back_is_not_measured_and_disturbs_once(bench):
+    one = bench(limits={"memory_wait": "200ms"})
+    one.runner._launcher._wanted_bytes = 1 << 60
+    record = one.run()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "not_reached")
+    assert record["result"] is None
+    assert one.run(attempt=2)["outcome"]["kind"] == "ok"
+
+
+def test_a_worker_the_host_never_saw_is_not_believed(bench, monkeypatch):
+    from spark_ray.guest import ProcessGuest
+
+    def gone(*_):
+        raise ProcessLookupError
+
+    monkeypatch.setattr(ProcessGuest, "pid_of", gone)
+    record = bench().run()
+    assert record["outcome"]["kind"] == "wrong_environment"
+    assert "could not look" in record["outcome"]["message"]
+
+
+def test_nonsense_on_the_control_channel_is_only_noise(bench):
+    one = bench()
+    main = one.store.folder / "bundle" / protocol.PACKAGE / "session.py"
+    text = main.read_text()
+    shout = "        os.write(self._control, b'banner\\n@spark_ray\\n@spark_ray ready\\n@spark_ray ready x\\n@spark_ray phase\\n')\n"
+    main.write_text(
+        text.replace('        os.write(self._control, (" "', shout + '        os.write(self._control, (" "')
+    )
+    one.runner._bundle_sha256 = protocol.package_sha256(main.parent)
+    record = one.run()
+    assert record["outcome"]["kind"] == "ok", record["outcome"]
+    assert "banner" in (one.store.attempt_folder(record["trial_id"], 1) / "worker.log").read_text()
+
+
+@pytest.mark.docker
+def test_a_daemon_that_went_away_disturbs_and_does_not_answer_for_the_engine(bench, monkeypatch):
+    import requests
+
+    one = bench("docker")
+
+    def unreachable(*_args, **_options):
+        raise requests.exceptions.ConnectionError("the daemon is gone")
+
+    monkeypatch.setattr(one.runner._client.api, "create_container", unreachable)
+    record = one.run()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "environment_gone")
+
+
 def test_the_watchdog_ends_the_guest(bench):
     one = bench(hold="30s", limits={"watchdog": "4096GiB"})
     record = one.run()
