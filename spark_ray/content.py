@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import image, rootfs
-from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Problem
+from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Problem, docker
 from .errors import InputError, UnavailableError
 from .experiment import (
     ChrootEnvironment,
@@ -184,8 +184,32 @@ def environment_problems(spec: EnvironmentSpec) -> list[Problem]:
     try:
         if isinstance(spec, ChrootEnvironment) and spec.rootfs != "host":
             rootfs.load(Path(spec.rootfs))
-        if isinstance(spec, DockerEnvironment) and spec.image != "host":
-            image.inspect(image.connect(), spec.image)
+        if isinstance(spec, DockerEnvironment):
+            return _docker_problems(spec)
     except (InputError, UnavailableError) as error:
         return [Problem(error.message, error.mend or "see docs/troubleshooting.md")]
     return []
+
+
+def _docker_problems(spec: DockerEnvironment) -> list[Problem]:
+    client = image.connect()
+    try:
+        made = (
+            image.any_of_ours(client) if spec.image == "host" else image.inspect(client, spec.image).image.id
+        )
+        refused = refused_flags(spec, client, made) if made else None
+        return [refused] if refused else []
+    finally:
+        client.close()
+
+
+def refused_flags(spec: DockerEnvironment, client: Any, image_id: str) -> Problem | None:
+    """What the daemon says to this environment's flags, in its own words, tried on a container that does nothing."""
+    changed = docker.changed_flags(spec)
+    refusal = image.try_flag(client, image_id, docker.flags(spec)) if changed else None
+    if refusal is None or "executable file not found" in refusal or "no such file" in refusal:
+        return None  # an image without /bin/true has passed the flags by then
+    return Problem(
+        f"the Docker daemon refuses {', '.join(changed)}: {refusal}",
+        "leave that key out, or give the daemon what it lacks",
+    )

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from . import content, image, launch, treatments
 from .divergence import contrast
-from .environments import Site
-from .errors import WatchdogStop
+from .environments import Content, EnvironmentSpec, Site
+from .errors import UnavailableError, WatchdogStop
 from .experiment import DockerEnvironment, Experiment
 from .outcome import ANSWERS, VOID
 from .plan import Block, make_block
@@ -66,12 +66,16 @@ class SlotRunner:
         self._root = RootActs()
         specs = {arm: experiment.arms[arm].environment for arm in arms}
         wants_docker = any(isinstance(spec, DockerEnvironment) for spec in specs.values())
-        self._client = client = image.connect() if wants_docker else None
-        self._model = content.prepare_model(experiment)
-        self._contents = {arm: content.prepare(spec, client) for arm, spec in specs.items()}
+        self._client = image.connect() if wants_docker else None
+        try:
+            self._model = content.prepare_model(experiment)
+            self._contents = {arm: self._prepare(arm, spec) for arm, spec in specs.items()}
+        except BaseException:
+            self._hang_up()
+            raise
         known = sorted(p for p in self._model.rglob("*") if p.is_file()) if self._model else []
         self._treater = treatments.Treatments(self._root, folder / "scratch" / name, known)
-        self._launcher = launch.Launcher(self._treater, client)
+        self._launcher = launch.Launcher(self._treater, self._client)
 
     def run(self, block: Block, arm: str, attempt: int) -> dict[str, str]:
         outcome: dict[str, str] = self._launcher.run(self._job(block, arm, attempt))["outcome"]
@@ -83,8 +87,20 @@ class SlotRunner:
 
     def close(self) -> None:
         self._treater.close()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._client is not None:
             self._client.close()
+
+    def _prepare(self, arm: str, spec: EnvironmentSpec) -> Content:
+        """Content of one arm; a flag that the daemon refuses is said now, before any trial."""
+        made = content.prepare(spec, self._client)
+        if isinstance(spec, DockerEnvironment) and made.image_id is not None:
+            refused = content.refused_flags(spec, self._client, made.image_id)
+            if refused:
+                raise UnavailableError(f"arm {arm}: {refused.what}", mend=refused.mend)
+        return made
 
     def _job(self, block: Block, arm: str, attempt: int) -> launch.Job:
         experiment, trial_id = self._experiment, block.trial_id(arm)

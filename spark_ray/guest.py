@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from . import image
 from .environments import Start
 
 
@@ -126,6 +127,7 @@ class ContainerGuest:
     def __init__(self, start: Start, log: Path, client: Any) -> None:
         assert start.container is not None  # noqa: S101
         self._log = log
+        self._client = client
         self._api = client.api
         self._errors = _docker_errors()
         self._buffer = b""
@@ -150,20 +152,11 @@ class ContainerGuest:
         self.control = self._socket.fileno()
 
     def _create(self, container: dict[str, Any]) -> str:
-        from docker.types import DeviceRequest, Ulimit
-
-        config = dict(container["host_config"])
-        if container["ulimits"]:
-            config["ulimits"] = [
-                Ulimit(name=name, soft=value, hard=value) for name, value in container["ulimits"].items()
-            ]
-        if container["gpus"]:
-            config["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
         # detach=False sets StdinOnce: when our connection ends, so does the worker's standard input.
         created = self._api.create_container(
             container["image"], command=container["command"], environment=container["environment"],
             user=container["user"], working_dir=container["working_dir"], labels=container["labels"],
-            stdin_open=True, detach=False, tty=False, host_config=self._api.create_host_config(**config),
+            stdin_open=True, detach=False, tty=False, host_config=image.host_config(self._client, container["host_config"]),
             network_disabled=False,
         )  # fmt: skip
         return str(created["Id"])

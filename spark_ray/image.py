@@ -13,7 +13,7 @@ from typing import Any
 
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, InvalidArgument, NotFound
-from docker.types import Ulimit
+from docker.types import DeviceRequest, Ulimit
 from docker.utils import parse_repository_tag
 
 from .errors import InputError, UnavailableError
@@ -56,18 +56,30 @@ def connect(timeout_s: int = 60) -> Any:
     return client
 
 
+def host_config(client: Any, settings: dict[str, Any]) -> Any:
+    """Docker's form of container settings: `ulimits` are numbers by name, `gpus` is None or "all"."""
+    config = {name: value for name, value in settings.items() if name not in {"ulimits", "gpus"}}
+    limits = settings.get("ulimits") or {}
+    if limits:
+        config["ulimits"] = [Ulimit(name=name, soft=value, hard=value) for name, value in limits.items()]
+    if settings.get("gpus"):
+        config["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
+    return client.api.create_host_config(**config)
+
+
+def any_of_ours(client: Any) -> str | None:
+    """Some image made from a rootfs here, to try flags on; None if there is none yet."""
+    found = client.api.images(filters={"label": LABEL})
+    return str(found[0]["Id"]) if found else None
+
+
 def try_flag(client: Any, image_id: str, settings: dict[str, Any]) -> str | None:
     """Start a container of `image_id` that does nothing, with host_config `settings`: the daemon's refusal, or None."""
-    limits = [
-        Ulimit(name=name, soft=value, hard=value) for name, value in settings.get("ulimits", {}).items()
-    ]
-    config = settings | ({"ulimits": limits} if limits else {})
-    config.setdefault("network_mode", "none")
     created = None
     try:
         created = client.api.create_container(
             image_id, command=["/bin/true"], entrypoint="", labels={"spark_ray.purpose": "probe"},
-            host_config=client.api.create_host_config(**config),
+            host_config=host_config(client, {"network_mode": "none"} | settings),
         )["Id"]  # fmt: skip
         client.api.start(created)
         code = client.api.wait(created, timeout=30)["StatusCode"]

@@ -10,6 +10,7 @@ import pytest
 from helpers import experiment, experiment_data, guests_of, wait_until
 
 from spark_ray import image
+from spark_ray.errors import UnavailableError
 from spark_ray.execute import SlotRunner
 from spark_ray.experiment import Experiment
 from spark_ray.plan import make_block
@@ -137,9 +138,21 @@ def test_a_container_out_of_memory_is_an_answer(tmp_path):
 
 
 @pytest.mark.docker
-def test_a_flag_the_engine_refuses_is_an_outcome_with_its_words(tmp_path):
+def test_a_flag_the_engine_refuses_is_a_named_problem_before_any_trial(tmp_path):
     data = experiment_data()
     data["arms"]["a"]["environment"] = {"kind": "docker", "cpuset_cpus": "4000"}
+    made = Experiment.model_validate(data)
+    Store.create(tmp_path / "run", {}, {}, worker=WORKER).close()
+    with pytest.raises(UnavailableError, match=r"refuses cpuset_cpus: .*4000"):
+        SlotRunner(tmp_path / "run", made, list(made.arms), "slot")
+    assert not list((tmp_path / "run" / "trials").iterdir())
+
+
+@pytest.mark.docker
+def test_a_flag_the_engine_refuses_is_an_outcome_with_its_words(tmp_path, monkeypatch):
+    data = experiment_data()
+    data["arms"]["a"]["environment"] = {"kind": "docker", "cpuset_cpus": "4000"}
+    monkeypatch.setattr(image, "try_flag", lambda *_: None)  # as if the daemon had changed its mind since
     one = Bench(tmp_path / "run", Experiment.model_validate(data))
     record = one.run()
     one.close()

@@ -95,6 +95,21 @@ def test_a_required_docker_without_daemon_is_exit_3_and_an_optional_one_is_a_not
 
 
 @pytest.mark.docker
+def test_a_flag_the_daemon_refuses_is_in_the_plan(tmp_path):
+    from spark_ray import content, image, rootfs
+
+    client = image.connect()
+    image.build(client, rootfs.build_host(content.cache_folder() / "rootfs"))
+    client.close()
+    data = experiment_data(arms=("native", "native", "docker"))
+    data["arms"]["c"] |= {"environment": {"kind": "docker", "cpuset_cpus": "4000"}, "required": False}
+    done = run(write_yaml(tmp_path, data), "--plan")
+    assert done.returncode == 0, done.stderr
+    for word in ("left out", "refuses", "cpuset_cpus:", "4000"):
+        assert word in done.stdout, "each in some line of a column that may be narrow"
+
+
+@pytest.mark.docker
 def test_a_missing_image_is_named_with_the_mend(tmp_path):
     data = experiment_data()
     data["arms"]["a"]["environment"] = {"kind": "docker", "image": "spark_ray/no-such-image:1"}

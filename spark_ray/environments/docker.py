@@ -30,23 +30,16 @@ def problems(spec: DockerEnvironment, offer: Offer) -> list[Problem]:
     return found
 
 
-def host_config(spec: DockerEnvironment, site: Site) -> dict[str, Any]:
-    """Arguments of docker's create_host_config: each key of the YAML is one flag."""
-    binds = {
-        str(site.attempt): {"bind": ATTEMPT_INSIDE, "mode": "rw"},
-        str(site.bundle): {"bind": BUNDLE_INSIDE, "mode": "ro"},
-    }
-    if site.model:
-        binds[str(site.model)] = {"bind": MODEL_INSIDE, "mode": "ro"}
-    for source, target, read_only in site.content.mounts:
-        binds[source] = {"bind": target, "mode": "ro" if read_only else "rw"}
+def flags(spec: DockerEnvironment) -> dict[str, Any]:
+    """Settings of the container's host side, one key of the YAML a flag; `image.host_config` makes them docker's."""
     config: dict[str, Any] = {
-        "binds": binds,
         "network_mode": spec.network,
         "read_only": spec.read_only,
         "tmpfs": {"/tmp": "exec"},  # noqa: S108  inside the container
         "privileged": spec.privileged,
         "auto_remove": False,  # a removed container cannot be asked whether it was killed for memory
+        "ulimits": dict(spec.ulimits),
+        "gpus": spec.gpus,
     }
     if spec.no_new_privileges and not spec.privileged:
         config["security_opt"] = ["no-new-privileges"]
@@ -62,8 +55,24 @@ def host_config(spec: DockerEnvironment, site: Site) -> dict[str, Any]:
         "cgroup_parent": spec.cgroup_parent,
         "cap_add": list(spec.cap_add) or None,
     }
-    config |= {name: value for name, value in optional.items() if value is not None}
-    return config
+    return config | {name: value for name, value in optional.items() if value is not None}
+
+
+def changed_flags(spec: DockerEnvironment) -> list[str]:
+    """The keys that differ from the tight defaults, which every engine grants."""
+    return sorted(set(spec.model_dump(exclude_defaults=True)) - {"kind", "image", "python"})
+
+
+def _binds(site: Site) -> dict[str, dict[str, str]]:
+    binds = {
+        str(site.attempt): {"bind": ATTEMPT_INSIDE, "mode": "rw"},
+        str(site.bundle): {"bind": BUNDLE_INSIDE, "mode": "ro"},
+    }
+    if site.model:
+        binds[str(site.model)] = {"bind": MODEL_INSIDE, "mode": "ro"}
+    for source, target, read_only in site.content.mounts:
+        binds[source] = {"bind": target, "mode": "ro" if read_only else "rw"}
+    return binds
 
 
 def start(spec: DockerEnvironment, site: Site) -> Start:
@@ -76,9 +85,7 @@ def start(spec: DockerEnvironment, site: Site) -> Start:
         "user": f"{site.uid}:{site.gid}",
         "working_dir": "/",
         "labels": {LABEL_RUN: site.run_label, LABEL_TRIAL: site.label},
-        "host_config": host_config(spec, site),
-        "ulimits": dict(spec.ulimits),
-        "gpus": spec.gpus,
+        "host_config": flags(spec) | {"binds": _binds(site)},
     }
     return Start(
         argv=argv,
