@@ -146,7 +146,12 @@ def _host(seen: Evidence) -> Iterator[Finding]:
         )
     killed = int((trials["oom_kills"].fillna(0) > 0).sum())
     if killed:
-        yield Finding("note", f"The kernel killed for memory during {_plural(killed, 'attempt')}.")
+        during = ", ".join(trials.loc[trials["oom_kills"].fillna(0) > 0, "trial_id"].astype(str).head(5))
+        yield Finding(
+            "note",
+            f"The kernel killed a process of this host for memory during {_plural(killed, 'attempt')} ({during}); "
+            "only where the outcome is out_of_memory was it the trial's own.",
+        )
     unread = trials[~trials["outside_readable"].fillna(True)]
     if len(unread):
         yield Finding(

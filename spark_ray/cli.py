@@ -59,24 +59,23 @@ def status(run: Path, as_json: bool) -> None:
     store = Store.read(run)
     states = [store.state(block) for block in store.blocks()]
     budget = store.plan["experiment"]["search"].get("blocks", 16)
-    outcomes = Counter(record["outcome"]["kind"] for record in store.records() if not record["superseded"])
-    void = sum(record["superseded"] for record in store.records())
+    latest = {state.block.block_id: state.valid or state.attempts for state in states}
+    records = list(store.records())
+    counted = [record for record in records if record["attempt"] == latest[record["block_id"]]]
+    outcomes = Counter(record["outcome"]["kind"] for record in counted)
+    complete, void = sum(state.complete for state in states), len(records) - len(counted)
     if as_json:
-        data = {
-            "blocks": budget,
-            "complete": sum(s.complete for s in states),
-            "outcomes": outcomes,
-            "superseded_attempts": void,
-        }
+        data = {"blocks": budget, "complete": complete, "outcomes": outcomes, "superseded_attempts": void}
         click.echo(json.dumps(data))
         return
-    click.echo(f"{sum(s.complete for s in states)} of {budget} blocks complete; {void} superseded attempts")
+    click.echo(f"{complete} of {budget} blocks complete; {void} superseded attempts")
     for kind, count in sorted(outcomes.items()):
         click.echo(f"  {kind}: {count}")
     for state in states:
         if not state.complete:
             words = configuration_words(state.block.configuration)
-            click.echo(f"  open: {state.block.block_id} ({words}), {state.attempts} execution(s) begun")
+            done = f"{len(state.outcomes)} of {len(state.block.order)} arms done"
+            click.echo(f"  open: {state.block.block_id} ({words}), execution {state.attempts}, {done}")
 
 
 @command.command()

@@ -10,6 +10,7 @@ merge keys, no repeated keys.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import re
@@ -204,7 +205,11 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        mend = f"did you mean {path.with_name(near[0])}?" if near else "name the YAML file of an experiment"
+        raise InputError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", mend=mend
+        ) from None
     if len(data) > MAX_BYTES:
         raise InputError(
             f"{path}: larger than {MAX_BYTES >> 20} MiB, too large for a file written by a person"

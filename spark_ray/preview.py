@@ -171,7 +171,7 @@ def _short(path: Path) -> str:
 
 
 def _rule_of_thumb(experiment: Experiment) -> float | None:
-    """Seconds of one embedded trial: start and load about 4 s, and memory is touched at about 2 GiB a second."""
+    """Seconds of one embedded trial: start and load take 5 to 10 s, and memory is touched at about 2 GiB a second."""
     if not isinstance(experiment.engine, EmbeddedEngine):
         return None
     axis = experiment.search.space.memory_fraction
@@ -180,4 +180,4 @@ def _rule_of_thumb(experiment: Experiment) -> float | None:
         if isinstance(axis, float)
         else (sum(axis) / len(axis) if isinstance(axis, list) else (axis.low + axis.high) / 2)
     )
-    return 4.0 + middle * observe.meminfo()["MemFree"] / (2 * GIB)
+    return 8.0 + middle * observe.meminfo()["MemFree"] / (2 * GIB)

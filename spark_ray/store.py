@@ -95,6 +95,8 @@ class Store:
         cls, folder: Path, files: dict[str, str], plan: dict[str, Any], worker: Path | None = None
     ) -> Store:
         """A new run: `files` verbatim, `worker` as the bundle; `plan` (plan.json) is written last and makes it a run."""
+        if (folder / "run.lock").exists():
+            cls._take_lock(folder).close()  # if it is being driven now, that is what to say
         if folder.exists() and any(folder.iterdir()):
             raise RunError(
                 f"{folder} is not empty",
@@ -119,9 +121,8 @@ class Store:
     @classmethod
     def read(cls, folder: Path) -> Store:
         if not (folder / "plan.json").is_file():
-            raise RunError(
-                f"{folder} is not a run: it has no plan.json", mend="name a folder that sweep has made"
-            )
+            why = "it has no plan.json" if folder.is_dir() else "there is no such folder"
+            raise RunError(f"{folder} is not a run: {why}", mend="name a folder that sweep has made")
         return cls(folder, None)
 
     @classmethod

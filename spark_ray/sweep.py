@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import signal
 import sys
 import time
@@ -97,7 +98,12 @@ def _slots(
 
     slots = RaySlots(store.folder, loaded.experiment, plan.executed, options.address)
     if slots.dashboard_url:
-        console.print(f"Ray dashboard  http://{slots.dashboard_url}", highlight=False)
+        token = Path(sys.executable).parent / "ray"
+        console.print(
+            f"Ray dashboard  http://{slots.dashboard_url}  (its token: {token} get-auth-token)",
+            highlight=False,
+            soft_wrap=True,
+        )
     return slots
 
 
@@ -239,18 +245,15 @@ def finish(store: Store, console: Console, options: Options) -> dict[str, Any]:
 
 
 def resume_line(path: Path, overrides: tuple[str, ...], options: Options, folder: Path) -> str:
-    words = [
-        "python -m spark_ray.sweep",
-        str(path),
-        *(f"--set {override}" for override in overrides),
-        "--resume",
-        f"--out {folder}",
-    ]
+    words = [sys.executable, "-m", "spark_ray.sweep", str(path)]
+    for override in overrides:
+        words += ["--set", override]
+    words += ["--resume", "--out", str(folder)]
     if options.local:
         words.append("--local")
     if options.address:
-        words.append(f"--address {options.address}")
-    return " ".join(words)
+        words += ["--address", options.address]
+    return shlex.join(words)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
