@@ -136,6 +136,7 @@ class RaySlots:
     ) -> None:
         # Ray kills by MemTotal - MemAvailable, which on unified memory is the engine itself; our watchdog watches.
         os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        # An actor without GPUs of its own must not hide them from the guests it launches.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
