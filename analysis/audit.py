@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ from spark_ray.outcome import ANSWERS, VOID
 from spark_ray.units import MIB, format_bytes
 
 from . import contrasts, statistics
-from .frames import at, text, words
+from .frames import words
+from .reading import at, text
 
 Severity = Literal["grave", "doubt", "note"]
-_ORDER: tuple[Severity, ...] = ("grave", "doubt", "note")
+SEVERITIES: tuple[Severity, ...] = ("grave", "doubt", "note")
 _SIGNIFICANT = 0.05
 _UNPREDICTED_BYTES = 32 * MIB  # beyond this, something other than page cache speaks
 _SAMPLING_SHARE = 0.01  # of one core: what looking may cost
@@ -60,7 +61,7 @@ def _names(values: pd.Series) -> str:
 
 
 def _valid(trials: pd.DataFrame) -> pd.DataFrame:
-    return trials[~trials["superseded"].fillna(True)]
+    return trials[trials["standing"] == "counts"]
 
 
 def _engine(seen: Evidence) -> Iterator[Finding]:
@@ -71,6 +72,13 @@ def _engine(seen: Evidence) -> Iterator[Finding]:
     versions = seen.trials["engine_version"].dropna().unique()
     if len(versions) > 1:
         yield Finding("grave", f"Engine versions differ between trials: {', '.join(sorted(versions))}.")
+    mixed = seen.trials["spark_ray_version"].dropna().value_counts().sort_index()
+    if len(mixed) > 1:
+        each = ", ".join(f"{version} ({_plural(int(count), 'attempt')})" for version, count in mixed.items())
+        yield Finding(
+            "doubt",
+            f"Versions of spark_ray are mixed in this run: {each}. The worker is the run's own throughout, the host side is not.",
+        )
     for what, values in (("laws", "sizing_law"), ("memory views", "sizing_view")):
         chosen = seen.trials[seen.trials["arm"].isin([seen.baseline, seen.against])]
         found = sorted(chosen[values].dropna().unique())
@@ -106,9 +114,15 @@ def _attempts(seen: Evidence) -> Iterator[Finding]:
             "note",
             f"{_plural(len(void), 'attempt')} disturbed ({_names(void['trial_id'])}); each such block ran again as a whole.",
         )
-    spare = int(seen.trials["superseded"].fillna(True).sum())
+    spare = int((seen.trials["standing"] == "superseded").sum())
     if spare:
         yield Finding("note", f"{_plural(spare, 'attempt')} superseded: on record below, in no number above.")
+    unfinished = seen.trials[seen.trials["standing"] == "open"]
+    if len(unfinished):
+        yield Finding(
+            "note",
+            f"{_plural(len(unfinished), 'attempt')} of blocks that are not complete yet ({_names(unfinished['trial_id'])}): in no number above.",
+        )
     valid = _valid(seen.trials)
     failed = valid[~valid["outcome"].isin(list(ANSWERS))]
     if len(failed):
@@ -118,7 +132,8 @@ def _attempts(seen: Evidence) -> Iterator[Finding]:
         )
     for _, row in seen.trials[seen.trials["outcome"] == "host_wedged"].iterrows():
         yield Finding("grave", f"The watchdog ended {row['trial_id']}: the host ran out of memory.")
-    one_sided = seen.pairs[(seen.pairs["arm"] == seen.against) & seen.pairs["contrast"].isna()]
+    mine = seen.pairs[(seen.pairs["arm"] == seen.against) & seen.pairs["contrast"].isna()]
+    one_sided = mine[mine["outcome"].isin(list(ANSWERS)) & mine["baseline_outcome"].isin(list(ANSWERS))]
     if len(one_sided):
         yield Finding(
             "doubt",
@@ -273,12 +288,26 @@ def _fingerprint(seen: Evidence) -> Iterator[Finding]:
         )
 
 
+def _gpu(seen: Evidence) -> Iterator[Finding]:
+    """Clocks that were held back, and anybody else on the device."""
+    valid = _valid(seen.trials)
+    foreign = valid[valid["gpu_processes_before"].fillna(0) > 0]
+    if len(foreign):
+        yield Finding(
+            "doubt",
+            f"Before {_plural(len(foreign), 'trial')} ({_names(foreign['trial_id'])}) another process was already on the GPU.",
+        )
+    held = valid[valid["gpu_throttle_reasons"].fillna("") != ""]
+    if len(held):
+        why = ", ".join(sorted({word for each in held["gpu_throttle_reasons"] for word in each.split(", ")}))
+        yield Finding(
+            "note",
+            f"The GPU's clocks were held back in {_plural(len(held), 'trial')} ({why}): throughput is touched, capacity is not.",
+        )
+
+
 def findings(seen: Evidence) -> list[Finding]:
     """All reasons, the gravest first, in a fixed order."""
-    checks = (_engine, _completeness, _attempts, _host, _quiet, _warnings, _design, _law, _fingerprint)
+    checks = (_engine, _completeness, _attempts, _host, _quiet, _gpu, _warnings, _design, _law, _fingerprint)
     found = [finding for check in checks for finding in check(seen)]
-    return sorted(found, key=lambda finding: _ORDER.index(finding.severity))
-
-
-def severities(found: Sequence[Finding]) -> dict[str, int]:
-    return {severity: sum(each.severity == severity for each in found) for severity in _ORDER}
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))

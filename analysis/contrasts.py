@@ -17,7 +17,8 @@ import pandas as pd
 
 from spark_ray.divergence import contrast
 
-from .frames import COUNT, FLAG, NUMBER, TEXT, table
+from .frames import table
+from .reading import COUNT, FLAG, NUMBER, TEXT
 
 CONFIGURATION = ("max_batch_size", "max_num_tokens", "memory_fraction")
 LAW = "(total - peak) x fraction"
@@ -115,6 +116,10 @@ def predicted(base: Any, arm: Any) -> float | None:
     return -fraction * change
 
 
+def _ok(row: Any) -> bool:
+    return bool(pd.notna(row["outcome"]) and row["outcome"] == "ok")
+
+
 def _pair(base: Any, arm: Any) -> dict[str, Any]:
     row = {name: _known(base[name]) for name in CONFIGURATION} | {
         "block_id": base["block_id"], "block_index": base["block_index"], "arm": arm["arm"], "baseline": base["arm"],
@@ -122,8 +127,8 @@ def _pair(base: Any, arm: Any) -> dict[str, Any]:
     }  # fmt: skip
     positions = _known(base["position"]), _known(arm["position"])
     row["before_baseline"] = None if None in positions else bool(arm["position"] < base["position"])
-    before = _known(base["kv_cache_bytes"]) if base["outcome"] == "ok" else None
-    after = _known(arm["kv_cache_bytes"]) if arm["outcome"] == "ok" else None
+    before = _known(base["kv_cache_bytes"]) if _ok(base) else None
+    after = _known(arm["kv_cache_bytes"]) if _ok(arm) else None
     row |= {"baseline_kv_cache_bytes": before, "kv_cache_bytes": after}
     if before is None or after is None:
         return row
@@ -143,7 +148,7 @@ def pairs(trials: pd.DataFrame, arms: Sequence[str], baseline: str) -> pd.DataFr
 
     Only attempts that count are paired. Where an arm has no capacity its row stays, with its outcome and no numbers.
     """
-    valid = trials[~trials["superseded"].fillna(True)]
+    valid = trials[trials["standing"] == "counts"]
     rows = []
     for _, block in valid.groupby("block_id", sort=False):
         by_arm = {str(row["arm"]): row for _, row in block.iterrows()}

@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from spark_ray.outcome import ANSWERS
 from spark_ray.units import GIB, MIB
 
 from .contrasts import CONFIGURATION, TERMS
@@ -104,7 +105,7 @@ def _configuration(row: Any) -> str:
 
 def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
     """KV capacity of every arm in every block; a missing capacity is a cross, not a hole."""
-    valid = trials[~trials["superseded"].fillna(True)].sort_values(
+    valid = trials[trials["standing"] == "counts"].sort_values(
         ["memory_fraction", "max_num_tokens", "block_id"]
     )
     if valid.empty:
@@ -126,12 +127,17 @@ def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
             x=[safe(b) for b in mine["block_id"]], y=_gib(mine["kv_cache_bytes"]), mode="markers", name=safe(arm), marker=marker,
             text=[safe(_configuration(row)) for _, row in mine.iterrows()], hovertemplate="%{text}<br>%{y:.3f} GiB",
         )  # fmt: skip
-        if len(missing):
-            figure.add_scatter(
-                x=[safe(b) for b in missing["block_id"]], y=[0.0] * len(missing), mode="markers", name=f"{safe(arm)}: no capacity",
-                marker=marker | {"symbol": "x", "size": 11},
-                text=[safe(f"{row['outcome']}: {row['reason']}") for _, row in missing.iterrows()], hovertemplate="%{text}",
-            )  # fmt: skip
+        failed = ~missing["outcome"].isin(list(ANSWERS))
+        for rows, word, symbol in (
+            (missing[~failed], "no capacity", "x"),
+            (missing[failed], "failed", "x-open"),
+        ):
+            if len(rows):
+                figure.add_scatter(
+                    x=[safe(b) for b in rows["block_id"]], y=[0.0] * len(rows), mode="markers", name=f"{safe(arm)}: {word}",
+                    marker=marker | {"symbol": symbol, "size": 11},
+                    text=[safe(f"{row['outcome']}: {row['reason']}") for _, row in rows.iterrows()], hovertemplate="%{text}",
+                )  # fmt: skip
     labels = valid.drop_duplicates("block_id")
     figure.update_xaxes(
         type="category", categoryorder="array", categoryarray=[safe(b) for b in labels["block_id"]], tickmode="array",
@@ -139,7 +145,7 @@ def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
         ticktext=[f"{safe(row['block_id'])}<br>{row['memory_fraction']:.3g}" if not pd.isna(row["memory_fraction"]) else safe(row["block_id"]) for _, row in labels.iterrows()],
     )  # fmt: skip
     figure.update_yaxes(title="KV capacity (GiB)", rangemode="tozero")
-    caption = "Each vertical line is one block: the same configuration in every arm, adjacent in time. A cross at zero is a block in which the arm had no capacity; point at it for the reason."
+    caption = "Each vertical line is one block: the same configuration in every arm, adjacent in time. A cross at zero is a block in which the arm had no capacity, an open one a block in which it failed; point at it for the reason."
     return Figure("capacity", "KV capacity by block and arm", caption, _finish(figure, 460))
 
 
@@ -240,7 +246,7 @@ def decomposition(found: Comparison) -> Figure | None:
 def phases(table: pd.DataFrame, block_id: str, style: Style) -> Figure | None:
     """What is not free at each phase, stacked, one panel per arm."""
     rows = table[
-        (table["block_id"] == block_id) & (table["side"] == "outside") & ~table["superseded"].fillna(True)
+        (table["block_id"] == block_id) & (table["side"] == "outside") & (table["standing"] == "counts")
     ]
     arms = [arm for arm in style.arms if (rows["arm"] == arm).any()]
     if not arms:
@@ -274,7 +280,7 @@ def timeline(
 ) -> Figure | None:
     """MemFree and page cache over the attempts of one block, with the moment of sizing."""
     rows = table[
-        (table["block_id"] == block_id) & (table["side"] == "outside") & ~table["superseded"].fillna(True)
+        (table["block_id"] == block_id) & (table["side"] == "outside") & (table["standing"] == "counts")
     ]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for arm in style.arms:

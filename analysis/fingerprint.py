@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .frames import Record, at, text, words
+from .frames import words
+from .reading import Record, at, text
 
 ABSENT = "–"
 _EXPECTED = ("namespaces.", "root", "cgroup", "pid", "variable.HOSTNAME", "variable.SPARK_RAY_TRIAL", "arm.")

@@ -7,8 +7,7 @@ never 0, never a traceback.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ import pandas as pd
 from spark_ray.store import Store
 from spark_ray.units import format_bytes
 
-Record = Mapping[str, Any]
+from . import gpu
+from .reading import COUNT, FLAG, NUMBER, READ, TEXT, Record, at, count, number, observations, pick, text
 
-COUNT, NUMBER, TEXT, FLAG = "Int64", "Float64", "string", "boolean"
-
-_TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
+TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": (TEXT, ("run",)),
     "block_id": (TEXT, ("block_id",)),
     "trial_id": (TEXT, ("trial_id",)),
     "arm": (TEXT, ("arm",)),
     "attempt": (COUNT, ("attempt",)),
-    "superseded": (FLAG, ("superseded",)),
+    "standing": (TEXT, ("standing",)),  # counts, open, superseded: see Store.records
     "position": (COUNT, ("position",)),
     "repetition": (COUNT, ("repetition",)),
     "slot": (TEXT, ("slot",)),
@@ -80,7 +78,7 @@ _TRIAL_DERIVED = {
     "peak_memory_bytes": COUNT, "peak_memory_source": TEXT, "cgroup_peak_bytes": COUNT, "swap_used_bytes": COUNT,
     "mem_total_change_bytes": COUNT, "outside_readable": FLAG,
 }  # fmt: skip
-_MEMORY = {
+MEMORY = {
     "mem_total_bytes": ("MemTotal",),
     "mem_free_bytes": ("MemFree",),
     "mem_available_bytes": ("MemAvailable",),
@@ -90,7 +88,7 @@ _MEMORY = {
     "kernel_bytes": ("Slab", "KernelStack", "PageTables", "Percpu"),
 }
 """Columns as sums of meminfo fields. The kernel counts Shmem in Cached; `page_cache_bytes` is without it."""
-_PHASE: dict[str, tuple[str, tuple[str, ...]]] = {
+PHASE: dict[str, tuple[str, tuple[str, ...]]] = {
     "phase": (TEXT, ("phase",)),
     "monotonic_s": (NUMBER, ("monotonic_s",)),
     "cost_s": (NUMBER, ("cost_s",)),
@@ -107,57 +105,13 @@ _PHASE: dict[str, tuple[str, tuple[str, ...]]] = {
     "cuda_total_bytes": (COUNT, ("cuda", "total_bytes")),
     "memory_stall_us": (NUMBER, ("pressure", "some_total_us")),
 }
-_PHASE_DERIVED = dict.fromkeys((*_MEMORY, "page_cache_bytes", "swap_used_bytes"), COUNT)
-
-
-# ---- reading what may not be there ------------------------------------------------------------------------
-
-
-def at(data: Any, *keys: str) -> Any:
-    """The value under `keys`, or None where there is none."""
-    for key in keys:
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
-
-
-def count(value: Any) -> int | None:
-    """A count of bytes, blocks, …; booleans, fractions and numbers no counter can hold are absent."""
-    usable = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    return value if usable else None
-
-
-def number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def text(value: Any) -> str | None:
-    """Text that can be written as UTF-8: a lone surrogate becomes a question mark."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
-
-
-def _flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-_READ: dict[str, Callable[[Any], Any]] = {COUNT: count, NUMBER: number, TEXT: text, FLAG: _flag}
-
-
-def _pick(data: Any, columns: Mapping[str, tuple[str, tuple[str, ...]]]) -> dict[str, Any]:
-    return {name: _READ[kind](at(data, *path)) for name, (kind, path) in columns.items()}
-
-
-def observations(record: Record, side: str) -> list[Mapping[str, Any]]:
-    """What was observed from `side`: "inside" by the worker, "outside" by the host."""
-    found = at(record, "inside") if side == "inside" else at(record, "host", "observations")
-    return [seen for seen in found if isinstance(seen, Mapping)] if isinstance(found, list) else []
+_PHASE_DERIVED = dict.fromkeys((*MEMORY, "page_cache_bytes", "swap_used_bytes"), COUNT)
 
 
 def memory_terms(info: Any) -> dict[str, int | None]:
     """The columns of a /proc/meminfo reading, in bytes."""
     values: dict[str, int | None] = {}
-    for name, fields in _MEMORY.items():
+    for name, fields in MEMORY.items():
         parts = [count(at(info, field)) for field in fields]
         values[name] = sum(part for part in parts if part is not None) if None not in parts else None
     values["page_cache_bytes"] = _difference(values["cached_bytes"], values["shmem_bytes"])
@@ -229,27 +183,28 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
         "swap_used_bytes": max(swaps, default=None),
         "mem_total_change_bytes": max(totals) - min(totals) if totals else None,
         "outside_readable": "root" in evidence if isinstance(evidence, Mapping) and evidence else None,
+        **gpu.of_record(record),
     }  # fmt: skip
 
 
 def trials(records: Iterable[Record], indices: Mapping[str, int]) -> pd.DataFrame:
     """One row per attempt. `indices`: place of each block in the run, by block id."""
-    kinds = {name: kind for name, (kind, _) in _TRIAL.items()} | _TRIAL_DERIVED
+    kinds = {name: kind for name, (kind, _) in TRIAL.items()} | _TRIAL_DERIVED | gpu.COLUMNS
     kinds |= {f"sizing_{name}": COUNT for name in _PHASE_DERIVED}
-    return table((_pick(record, _TRIAL) | _derived(record, indices) for record in records), kinds)
+    return table((pick(record, TRIAL) | _derived(record, indices) for record in records), kinds)
 
 
 def phases(records: Iterable[Record]) -> pd.DataFrame:
     """One row per attempt, phase and side (inside: read by the worker; outside: by the host)."""
-    shared = ("run", "block_id", "trial_id", "arm", "attempt", "superseded", "outcome")
-    kinds = {name: _TRIAL[name][0] for name in shared} | {"side": TEXT}
-    kinds |= {name: kind for name, (kind, _) in _PHASE.items()} | _PHASE_DERIVED
+    shared = ("run", "block_id", "trial_id", "arm", "attempt", "standing", "outcome")
+    kinds = {name: TRIAL[name][0] for name in shared} | {"side": TEXT}
+    kinds |= {name: kind for name, (kind, _) in PHASE.items()} | _PHASE_DERIVED
     rows = []
     for record in records:
-        about = _pick(record, {name: _TRIAL[name] for name in shared})
+        about = pick(record, {name: TRIAL[name] for name in shared})
         for side in ("outside", "inside"):
             rows += [
-                about | {"side": side} | _pick(seen, _PHASE) | memory_terms(seen.get("meminfo"))
+                about | {"side": side} | pick(seen, PHASE) | memory_terms(seen.get("meminfo"))
                 for seen in observations(record, side)
             ]
     return table(rows, kinds)
@@ -271,7 +226,7 @@ def samples(folder: Path) -> pd.DataFrame | None:
     kinds = {name: NUMBER if name.endswith("_s") else COUNT for name in fields}
     return table(
         (
-            {name: _READ[kinds[name]](value) for name, value in zip(fields, row, strict=False)}
+            {name: READ[kinds[name]](value) for name, value in zip(fields, row, strict=False)}
             for row in rows
             if isinstance(row, list)
         ),

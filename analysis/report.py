@@ -8,6 +8,7 @@ The report is one file that needs no network. The same records give the same rep
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from spark_ray.errors import SparkRayError
@@ -25,10 +26,13 @@ from spark_ray.store import Store, write_durably
 from spark_ray.units import MIB, format_bytes
 
 from . import audit, contrasts, figures, fingerprint, frames, statistics, verdict
-from .frames import at, text, words
+from .frames import words
+from .reading import at, text
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _NO_CAPACITY = ANSWERS - {"ok"}
+_HASH_SHOWN = Markup('<span title="{}">{}…</span>')
+_HASH = re.compile(r"(?<![0-9a-f])[0-9a-f]{40,64}(?![0-9a-f])")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Analysis:
     @property
     def valid(self) -> pd.DataFrame:
         """The attempts that count."""
-        return self.trials[~self.trials["superseded"].fillna(True)]
+        return self.trials[self.trials["standing"] == "counts"]
 
 
 # ---- analysis ---------------------------------------------------------------------------------------------
@@ -153,7 +157,8 @@ def _arm_summary(found: Analysis, arm: str) -> dict[str, Any]:
         "ok": len(ok),
         "no_capacity": int(mine["outcome"].isin(list(_NO_CAPACITY)).sum()),
         "failed": int((~mine["outcome"].isin(list(ANSWERS))).sum()),
-        "superseded": len(every) - len(mine),
+        "superseded": int((every["standing"] == "superseded").sum()),
+        "open": int((every["standing"] == "open").sum()),
         "median_kv_cache_bytes": _median_bytes(ok["kv_cache_bytes"]),
         "median_kv_cache_tokens": _median_bytes(ok["kv_cache_tokens"]),
         "median_peak_memory_bytes": _median_bytes(ok["peak_memory_bytes"]),
@@ -282,7 +287,17 @@ def _plain(value: Any) -> str:
     return (f"{value:.4g}" if isinstance(value, float) else str(value)) if _present(value) else "–"
 
 
-def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
+def _short_hashes(value: str) -> Markup:
+    """Escaped text in which a long hash shows its first 12 digits, and is whole in the title."""
+    pieces, last = [], 0
+    for found in _HASH.finditer(value):
+        digits = found[0]
+        pieces += [escape(value[last : found.start()]), _HASH_SHOWN.format(digits, digits[:12])]
+        last = found.end()
+    return Markup("").join([*pieces, escape(value[last:])])
+
+
+def templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -296,12 +311,23 @@ def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
         "percent": _percent,
         "plain": _plain,
         "p_value": _p_value,
+        "short_hashes": _short_hashes,
     }
+    return environment
+
+
+def write_page(path: Path, page: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(page, encoding="utf-8", errors="replace")
+    part.replace(path)
+
+
+def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
     drawn = _draw(found)
     unhappy = found.trials[
-        (found.trials["outcome"] != "ok").fillna(True) | found.trials["superseded"].fillna(True)
+        (found.trials["outcome"] != "ok").fillna(True) | (found.trials["standing"] != "counts")
     ]
-    return environment.get_template("report.html").render(
+    return templates().get_template("report.html").render(
         summary=summary, found=found, figures=drawn, charts=_script_json(_charts(drawn)),
         plotly=Markup(get_plotlyjs()), blocks=_block_rows(found), terms=contrasts.TERMS,  # noqa: S704  the library itself
         unhappy=[row for _, row in unhappy.iterrows()], verdicts=[verdict.sentence(each) for each in found.comparisons if each.arm in found.arms],
@@ -320,9 +346,7 @@ def write(folder: Path) -> dict[str, Any]:
     summary = summarise(found)
     page = render(found, summary, folder.resolve())
     write_durably(folder / "summary.json", summary)
-    part = folder / "report.html.part"
-    part.write_text(page, encoding="utf-8", errors="replace")
-    part.replace(folder / "report.html")
+    write_page(folder / "report.html", page)
     return summary
 
 

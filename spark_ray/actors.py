@@ -29,13 +29,13 @@ _READY_TIMEOUT_S = 300
 
 
 class SlotActor:
-    """What runs on the slot's node."""
+    """What runs on the slot's node. `lost`: the attempt in which its predecessor died."""
 
-    def __init__(self, folder: str, arms: Sequence[str], name: str) -> None:
+    def __init__(self, folder: str, arms: Sequence[str], name: str, lost: str | None) -> None:
         from ray.util import metrics
 
         experiment = Experiment.model_validate(Store.read(Path(folder)).plan["experiment"])
-        self._runner = SlotRunner(Path(folder), experiment, arms, name)
+        self._runner = SlotRunner(Path(folder), experiment, arms, name, lost)
         self._trials = metrics.Counter(
             "spark_ray_trials", description="attempts ended", tag_keys=("arm", "outcome")
         )
@@ -87,7 +87,8 @@ class RaySlot:
             raise _cause(error) from error
         except ray.exceptions.RayActorError as error:
             if not self._owner.closing.is_set():
-                self._actor = self._owner.make_actor(self.name, self._bundle)
+                lost = f"{block.trial_id(arm)}/{attempt}"
+                self._actor = self._owner.make_actor(self.name, self._bundle, lost)
                 self.ready()
             raise SlotLost(f"the actor of {self.name} died: {str(error).splitlines()[0]}") from error
         return outcome
@@ -190,7 +191,7 @@ class RaySlots:
             slot.ready()
         return slots
 
-    def make_actor(self, name: str, bundle: int) -> Any:
+    def make_actor(self, name: str, bundle: int, lost: str | None = None) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -200,7 +201,7 @@ class RaySlots:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         return remote.options(
             name=f"spark_ray.{self._experiment}.{name}.{os.urandom(3).hex()}", scheduling_strategy=strategy
-        ).remote(*self._arguments, name)
+        ).remote(*self._arguments, name, lost)
 
     def close(self) -> None:
         """Give the slots back. A local Ray ends with us; a joined cluster stays as it was."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections import Counter
 from pathlib import Path
 
 import click
+from click.shell_completion import get_completion_class
 from rich.console import Console
 
-from . import __version__, config, content, explain, image, rootfs, sweep
+from . import __version__, config, content, explain, image, rootfs, running, several, sweep
 from . import doctor as diagnose
 from . import reap as reaper
+from .completion import FOLDER, YAML
 from .errors import EXIT_OK, EXIT_UNAVAILABLE, UnavailableError
 from .store import Store
-from .terminal import configuration_words, show_checks, show_summary
+from .terminal import show_checks, show_overview, show_standing, show_summary
 from .units import format_bytes
-
-_FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,67 +31,76 @@ command.add_command(sweep.command, "sweep")
 
 
 @command.command()
-@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("experiment", type=YAML)
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change one value of the experiment."
 )
-@click.option("--cluster", type=click.Path(path_type=Path), help="Cluster file whose slots the plan counts.")
-def plan(experiment: Path, overrides: tuple[str, ...], cluster: Path | None) -> int:
+@click.option("--cluster", type=YAML, help="Cluster file whose slots the plan counts.")
+@sweep.ALLOW_ROOT
+def plan(
+    experiment: Path, overrides: tuple[str, ...], cluster: Path | None, allow_roots: tuple[Path, ...]
+) -> int:
     """Print everything a sweep would do, and do nothing."""
-    return sweep.run(experiment, overrides, sweep.Options(plan=True, cluster=cluster))
+    options = running.Options(plan=True, cluster=cluster, allow_roots=allow_roots)
+    return running.run(experiment, overrides, options)
 
 
 @command.command()
-@click.argument("run", type=_FOLDER)
+@click.argument("run", type=FOLDER)
 @click.option("--local", is_flag=True, help="Without Ray.")
 @click.option("--address", help="Join the Ray cluster at this address.")
-def resume(run: Path, local: bool, address: str | None) -> int:
-    """Finish exactly what is missing in RUN, with the experiment and the overrides it was begun with."""
-    store = Store.read(run)
-    options = sweep.Options(out=run, resume=True, local=local, address=address)
-    return sweep.run(run / "experiment.yaml", tuple(store.plan["overrides"]), options)
+@click.option("-v", "--verbose", is_flag=True, help="Print the log (run.log) on standard error as well.")
+def resume(run: Path, local: bool, address: str | None, verbose: bool) -> int:
+    """Finish exactly what is missing in RUN (or in a folder of runs), with the experiment and the overrides it was begun with."""
+    options = running.Options(resume=True, local=local, address=address, verbose=verbose)
+    if not several.is_run(run):
+        return several.resume(run, options)
+    overrides = tuple(Store.read(run).plan["overrides"])
+    return running.run(run / "experiment.yaml", overrides, dataclasses.replace(options, out=run))
 
 
 @command.command()
-@click.argument("run", type=_FOLDER)
+@click.argument("run", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def status(run: Path, as_json: bool) -> None:
-    """Where RUN stands, from its records alone; also while it is being driven."""
-    store = Store.read(run)
-    states = [store.state(block) for block in store.blocks()]
-    budget = store.plan["experiment"]["search"].get("blocks", 16)
-    latest = {state.block.block_id: state.valid or state.attempts for state in states}
-    records = list(store.records())
-    counted = [record for record in records if record["attempt"] == latest[record["block_id"]]]
-    outcomes = Counter(record["outcome"]["kind"] for record in counted)
-    complete, void = sum(state.complete for state in states), len(records) - len(counted)
+    """Where RUN (or each run of a folder) stands, from its records alone; also while it is being driven."""
+    run = run.absolute()
+    found = {each.name: several.standing(Store.read(each)) for each in several.runs_in(run)}
     if as_json:
-        data = {"blocks": budget, "complete": complete, "outcomes": outcomes, "superseded_attempts": void}
-        click.echo(json.dumps(data))
-        return
-    click.echo(f"{complete} of {budget} blocks complete; {void} superseded attempts")
-    for kind, count in sorted(outcomes.items()):
-        click.echo(f"  {kind}: {count}")
-    for state in states:
-        if not state.complete:
-            words = configuration_words(state.block.configuration)
-            done = f"{len(state.outcomes)} of {len(state.block.order)} arms done"
-            click.echo(f"  open: {state.block.block_id} ({words}), execution {state.attempts}, {done}")
+        click.echo(json.dumps(found[run.name] if several.is_run(run) else found))
+    else:
+        show_standing(Console(), found, whole=several.is_run(run))
 
 
 @command.command()
-@click.argument("run", type=_FOLDER)
+@click.argument("run", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def report(run: Path, as_json: bool) -> None:
-    """Write RUN's tables and report again from its records."""
+    """Write RUN's tables and report again from its records; of a folder of runs each, and index.html over them."""
+    from analysis import overview
     from analysis import report as writer
 
-    store = Store.read(run)
-    summary = writer.write(store.folder)
+    if several.is_run(run):
+        summary = writer.write(run)
+        if as_json:
+            click.echo(json.dumps(summary))
+        else:
+            show_summary(Console(), summary, str(run / "report.html"))
+        return
+    rows = overview.write(run, several.runs_in(run), again=True)
     if as_json:
-        click.echo(json.dumps(summary))
+        click.echo(json.dumps(rows))
     else:
-        show_summary(Console(), summary, str(store.folder / "report.html"))
+        show_overview(Console(), rows, str(run / overview.PAGE))
+
+
+@command.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell: eval "$(spark-ray completion bash)"."""
+    kind = get_completion_class(shell)
+    assert kind is not None  # noqa: S101  click knows these three
+    click.echo(kind(command, {}, "spark-ray", "_SPARK_RAY_COMPLETE").source())
 
 
 @command.command()
@@ -100,12 +110,15 @@ def schema() -> None:
 
 
 @command.command()
-@click.argument("experiment", type=click.Path(path_type=Path), required=False)
+@click.argument("experiment", type=YAML, required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def doctor(experiment: Path | None, as_json: bool) -> int:
+@sweep.ALLOW_ROOT
+def doctor(experiment: Path | None, as_json: bool, allow_roots: tuple[Path, ...]) -> int:
     """What this host has and lacks, each with the mend; for EXPERIMENT, only what it needs. Exit 3 if something is missing."""
-    wanted = config.load_experiment(experiment).experiment if experiment else None
-    found = list(diagnose.checks(wanted, Path("runs").absolute()))
+    wanted = config.load_experiment(experiment, (), allow_roots).experiment if experiment else None
+    progress = Console(stderr=True)
+    say = functools.partial(progress.print, style="dim", soft_wrap=True)
+    found = list(diagnose.checks(wanted, Path("runs").absolute(), say))
     if as_json:
         versions = diagnose.environment_summary()
         click.echo(
@@ -117,22 +130,30 @@ def doctor(experiment: Path | None, as_json: bool) -> int:
 
 
 @command.command()
-@click.argument("run", type=_FOLDER, required=False)
+@click.argument("run", type=FOLDER, required=False)
+@click.option(
+    "--cache",
+    "with_cache",
+    is_flag=True,
+    help="Also host trees and images made from environments that are gone.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-def reap(run: Path | None, dry_run: bool) -> None:
+def reap(run: Path | None, with_cache: bool, dry_run: bool) -> None:
     """Remove what earlier deaths left, of RUN or of any run that nobody drives, and only that."""
     try:
         client = image.connect(timeout_s=10)
     except UnavailableError:
         client = None  # without a daemon there are no containers of ours either
+    cache = content.cache_folder()
     try:
         found = reaper.leftovers(run, client)
+        found += reaper.of_no_run(cache, client) if run is None else []
+        found += reaper.stale(cache, client) if with_cache else []
         for one in found:
-            click.echo(
-                f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name[:80]}  {one.what}  ({one.run})"
-            )
-            if not dry_run:
-                reaper.remove(one, client)
+            kept = None if dry_run else reaper.remove(one, client)
+            did = "would remove" if dry_run else "removed" if kept is None else "kept"
+            why = kept or one.run
+            click.echo(f"{did} {one.kind} {one.name[:100]}  {one.what}" + (f"  ({why})" if why else ""))
     finally:
         if client is not None:
             client.close()
@@ -192,7 +213,7 @@ def image_group() -> None:
 
 
 @image_group.command("build")
-@click.option("--rootfs", "folder", type=_FOLDER, help="The tree; default: the host rootfs.")
+@click.option("--rootfs", "folder", type=FOLDER, help="The tree; default: the host rootfs.")
 @click.option("--tag", help="Name of the image; default: spark_ray/rootfs:HASH.")
 def image_build(folder: Path | None, tag: str | None) -> None:
     """Make the Docker image of a tree, without a registry."""

@@ -16,7 +16,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from . import roots
 from .cluster import Cluster, Node
 from .errors import InputError
 from .experiment import Experiment
-from .explain import KeyPath, at, explain, json_schema, printable, shorten, show
+from .explain import KeyPath, at, explain_all, json_schema, printable, shorten, show
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 20_000  # aliases multiply: a file of a few lines can stand for billions of values
@@ -43,23 +44,56 @@ class LoadedExperiment:
     """The file, verbatim."""
     overrides: tuple[str, ...]
     resolved: dict[str, Any]
-    """Plain data of the file with the overrides in it."""
+    """Plain data of the file with the overrides in it, and paths absolute."""
+    allowed_roots: tuple[Path, ...]
+    """Folders that the file may name."""
 
 
-def load_experiment(path: Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
+def load_experiment(
+    path: Path, overrides: Sequence[str] = (), allow_roots: Iterable[str | Path] = ()
+) -> LoadedExperiment:
     """Read an experiment. `overrides` are `key.path=value`, the value written as in YAML."""
     text = _read(path)
     document = _parse(text, path)
     for order, override in enumerate(overrides):
         _override(document, override, order)
+    allowed = roots.allowed(path, allow_roots)
+    _confine(document, allowed)
     try:
         experiment = Experiment.model_validate(document.data)
     except ValidationError as error:
-        for each in error.errors(include_url=False):
-            document.complain(*explain(each, document.data))
+        for problem in explain_all(error.errors(include_url=False), document.data):
+            document.complain(*problem)
         raise document.error() from None
     document.refuse_problems()
-    return LoadedExperiment(experiment, text, tuple(overrides), document.data)
+    return LoadedExperiment(experiment, text, tuple(overrides), document.data, allowed)
+
+
+# ---- paths ------------------------------------------------------------------------------------------------
+
+
+def _paths(document: Document) -> Iterator[KeyPath]:
+    """The keys whose value is a folder."""
+    arms = document.at("arms")
+    rootfs = [("arms", arm, "environment", "rootfs") for arm in arms] if isinstance(arms, dict) else []
+    for path in [("model", "path"), *rootfs]:
+        value = document.at(*path)
+        if isinstance(value, str) and (path[-1], value) != ("rootfs", "host"):
+            yield path
+
+
+def _confine(document: Document, allowed: Sequence[Path]) -> None:
+    """Make paths absolute; those of the file must be in an allowed folder, those of --set are the user's own word."""
+    for path in _paths(document):
+        written = document.at(*path)
+        try:
+            found = roots.real(written)
+        except ValueError:
+            document.complain(path, f"cannot be a path: got {show(written)}")
+            continue
+        if not document.typed(path) and not any(map(found.is_relative_to, allowed)):
+            document.complain(path, printable(roots.refusal(found, allowed)))
+        document.at(*path[:-1])[path[-1]] = str(found)
 
 
 # ---- text to plain data, with the place of each part ------------------------------------------------------
@@ -114,6 +148,10 @@ class Document:
         while path and path not in self._places:
             path = path[:-1]
         return self._places.get(path, self.line(1))
+
+    def typed(self, path: KeyPath) -> bool:
+        """Whether the user wrote this part on the command line."""
+        return self.place(path).order >= MAX_BYTES
 
     def move(self, path: KeyPath, place: Place) -> None:
         """Forget what the file had here: it was replaced."""

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import image, rootfs
-from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Problem, docker
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from . import capabilities, driver, image, rootfs, roots
+from .engines import EmbeddedEngine, Model
+from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Gpu, Problem, docker
 from .errors import InputError, UnavailableError
-from .experiment import (
-    ChrootEnvironment,
-    DockerEnvironment,
-    EmbeddedEngine,
-    Experiment,
-    Model,
-    NativeEnvironment,
-)
+from .experiment import ChrootEnvironment, DockerEnvironment, Experiment, NativeEnvironment
+
+TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
+"""Versions whose paged cache the embedded engine reads; pyproject.toml says the same."""
 
 _WORKER = Path(__file__).parent / "worker"
+_NO_DRIVER = Problem(
+    "no NVIDIA driver here: it takes /dev/nvidia0 and a libcuda.so.1 that the loader finds",
+    "install the driver, or add its folder to LD_LIBRARY_PATH; without a GPU use engine.device: cpu",
+)
 
 
-def cache_folder() -> Path:
-    """Where built trees and models are kept: SPARK_RAY_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("SPARK_RAY_CACHE")
-    if chosen:
-        return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spark_ray"
+cache_folder = roots.cache_folder
 
 
 # ---- engine and model -------------------------------------------------------------------------------------
@@ -42,15 +43,17 @@ def engine_problems(experiment: Experiment) -> list[Problem]:
     """What the engine lacks in this interpreter (which every host-made environment shares)."""
     if not isinstance(experiment.engine, EmbeddedEngine):
         return []
+    mend = "pip install -c constraints.txt 'spark_ray[embedded]'"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        return [
-            Problem(
-                f"engine embedded needs {' and '.join(missing)}",
-                "pip install -c constraints.txt 'spark_ray[embedded]'",
-            )
-        ]
-    return []
+        return [Problem(f"engine embedded needs {' and '.join(missing)}", mend)]
+    problems = []
+    found = Version(importlib.metadata.version("transformers"))
+    if not TRANSFORMERS.contains(found, prereleases=True):  # its cache and its settings change their names
+        problems.append(Problem(f"engine embedded needs transformers {TRANSFORMERS}, found {found}", mend))
+    if experiment.engine.device == "cuda" and driver.find() is None:
+        problems.append(_NO_DRIVER)
+    return problems
 
 
 def model_problems(model: Model | None) -> list[Problem]:
@@ -141,33 +144,64 @@ def _mounts(tree: rootfs.Rootfs) -> tuple[tuple[str, str, bool], ...]:
     return tuple((mount.source, mount.target, mount.read_only) for mount in tree.mounts)
 
 
-def _tree(name: str) -> rootfs.Rootfs:
-    return rootfs.build_host(cache_folder() / "rootfs") if name == "host" else rootfs.load(Path(name))
+@dataclass(frozen=True)
+class Trees:
+    """Trees and hashes of what is bound into them, each looked at once for all arms of a slot."""
+
+    _trees: dict[str, rootfs.Rootfs] = field(default_factory=dict)
+    _bound: dict[tuple[rootfs.Mount, ...], str] = field(default_factory=dict)
+
+    def tree(self, name: str) -> rootfs.Rootfs:
+        if name not in self._trees:
+            host = name == "host"
+            self._trees[name] = (
+                rootfs.build_host(cache_folder() / "rootfs") if host else rootfs.load(Path(name))
+            )
+        return self._trees[name]
+
+    def bound_sha256(self, mounts: tuple[rootfs.Mount, ...]) -> str | None:
+        if mounts and mounts not in self._bound:
+            self._bound[mounts] = rootfs.bound_sha256(mounts)
+        return self._bound.get(mounts)
+
+    def own_bound_sha256(self) -> str | None:
+        """What native runs on, named as in the trees made from it; None where it may not be read."""
+        try:
+            return self.bound_sha256(rootfs.host_mounts())
+        except OSError:
+            return None
 
 
-def prepare(spec: EnvironmentSpec, docker_client: Any | None) -> Content:
-    """Make one environment's content ready on this node."""
+def prepare(spec: EnvironmentSpec, docker_client: Any | None, trees: Trees | None = None) -> Content:
+    """Make one environment's content ready on this node. `trees` is filled, to be handed on to the next arm."""
+    trees = trees or Trees()
     match spec:
         case NativeEnvironment():
             path = f"{sys.prefix}/bin:{DEFAULT_PATH}"  # as in the trees made from this interpreter
-            return Content(python=sys.executable, variables={"PATH": path, **_host_variables()})
+            return Content(
+                python=sys.executable,
+                variables={"PATH": path, **_host_variables()},
+                bound_sha256=trees.own_bound_sha256(),
+            )
         case ChrootEnvironment():
-            tree = _tree(spec.rootfs)
-            return _content(tree, spec.python, host=spec.rootfs == "host")
+            content = _content(trees.tree(spec.rootfs), trees, spec.python, host=spec.rootfs == "host")
+            return _with_driver(content) if spec.gpus else content
         case DockerEnvironment(image="host"):
-            tree = _tree("host")
+            tree = trees.tree("host")
             made = image.build(docker_client, tree)
-            content = _content(tree, spec.python, host=True)
-            return Content(**{**content.__dict__, "root": None, "image_id": made.id})
+            content = _content(tree, trees, spec.python, host=True)
+            content = replace(content, root=None, image_id=made.id)
+            return _with_gpu(content, docker_client) if spec.gpus else content
         case DockerEnvironment():
             found = image.inspect(docker_client, spec.image)
-            return Content(
+            content = Content(
                 python=spec.python or "python3", variables=dict(found.env), entrypoint=found.entrypoint,
                 image_id=found.image.id, sha256=found.image.rootfs_sha256,
             )  # fmt: skip
+            return _with_gpu(content, docker_client) if spec.gpus else content
 
 
-def _content(tree: rootfs.Rootfs, python: str | None, *, host: bool) -> Content:
+def _content(tree: rootfs.Rootfs, trees: Trees, python: str | None, *, host: bool) -> Content:
     return Content(
         python=python or tree.python,
         variables={**tree.env, **(_host_variables() if host else {})},
@@ -175,12 +209,38 @@ def _content(tree: rootfs.Rootfs, python: str | None, *, host: bool) -> Content:
         root=str(tree.path),
         mounts=_mounts(tree),
         sha256=tree.sha256,
-        bound_sha256=rootfs.bound_sha256(tree.mounts) if tree.mounts else None,
+        bound_sha256=trees.bound_sha256(tree.mounts),
+    )
+
+
+def _with_gpu(content: Content, docker_client: Any) -> Content:
+    """The GPU for a container: `--gpus` where the daemon has NVIDIA's toolkit, else the driver's files and nodes."""
+    assert content.image_id is not None  # noqa: S101  a container has an image
+    refusal = image.try_flag(docker_client, content.image_id, {"gpus": "all"})
+    if refusal is None or image.no_such_program(refusal):
+        return replace(content, gpu=Gpu("request"))
+    return _with_driver(content)
+
+
+def _with_driver(content: Content) -> Content:
+    found = driver.find()
+    if found is None:
+        raise UnavailableError(_NO_DRIVER.what, mend=_NO_DRIVER.mend)
+    path = content.variables.get("LD_LIBRARY_PATH")
+    bound = ((source, f"{driver.INSIDE}/{name}", True) for name, source in found.libraries.items())
+    return replace(
+        content,
+        mounts=(*content.mounts, *bound),
+        variables=content.variables
+        | {"LD_LIBRARY_PATH": f"{driver.INSIDE}:{path}" if path else driver.INSIDE},
+        gpu=Gpu("devices", found.version, found.devices),
     )
 
 
 def environment_problems(spec: EnvironmentSpec) -> list[Problem]:
     """What an environment's own content lacks, where that can be told before any effect."""
+    if not isinstance(spec, NativeEnvironment) and spec.gpus and driver.find() is None:
+        return [_NO_DRIVER]
     try:
         if isinstance(spec, ChrootEnvironment) and spec.rootfs != "host":
             rootfs.load(Path(spec.rootfs))
@@ -206,10 +266,11 @@ def _docker_problems(spec: DockerEnvironment) -> list[Problem]:
 def refused_flags(spec: DockerEnvironment, client: Any, image_id: str) -> Problem | None:
     """What the daemon says to this environment's flags, in its own words, tried on a container that does nothing."""
     changed = docker.changed_flags(spec)
-    refusal = image.try_flag(client, image_id, docker.flags(spec)) if changed else None
-    if refusal is None or "executable file not found" in refusal or "no such file" in refusal:
-        return None  # an image without /bin/true has passed the flags by then
-    return Problem(
-        f"the Docker daemon refuses {', '.join(changed)}: {refusal}",
-        "leave that key out, or give the daemon what it lacks",
-    )
+    settings = docker.flags(spec) | {
+        "gpus": None
+    }  # how the GPU is given is tried when the content is prepared
+    refusal = image.try_flag(client, image_id, settings) if changed else None
+    if refusal is None or image.no_such_program(refusal):
+        return None
+    words, mend = capabilities.explain(refusal, settings)
+    return Problem(f"the Docker daemon refuses {', '.join(changed)}: {words}", mend)

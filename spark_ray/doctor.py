@@ -1,4 +1,8 @@
-"""What this host has and lacks, and the command that mends it: for an experiment, only what it needs."""
+"""What this host has and lacks, and the command that mends it: for an experiment, only what it needs.
+
+What is required is `missing` when it is not there. Without an experiment nothing but the programs of this package is:
+two native arms always exist.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import content, host, image, rootfs
-from .errors import SparkRayError, UnavailableError
-from .experiment import DockerEnvironment, Experiment
+from . import capabilities, content, image, nvml, preview, rootfs
+from .cluster import one_local_node
+from .errors import InputError, SparkRayError, UnavailableError
+from .experiment import Arm, DockerEnvironment, Experiment
 from .rootact import RootActs
 from .units import GIB, format_bytes
 from .worker import observe
@@ -35,25 +40,47 @@ class Check:
         return asdict(self)
 
 
-def checks(experiment: Experiment | None, runs: Path) -> Iterator[Check]:
-    """Every check that applies, in the order a person would mend things."""
+def checks(
+    experiment: Experiment | None,
+    runs: Path,
+    say: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+) -> Iterator[Check]:
+    """Every check that applies, in the order a person would mend things. `say` is told what takes a while."""
     kinds = (
         {arm.environment.kind for arm in experiment.arms.values()}
         if experiment
         else {"native", "chroot", "docker"}
     )
+    required = {arm.environment.kind for arm in _required_arms(experiment).values()}
     yield _python()
     yield _package("ray", "ray", "pip install -c constraints.txt -e .")
     yield from _engine(experiment)
     yield from _memory()
-    yield _cgroup()
+    yield from _cgroup()
     yield _disk(runs)
-    yield _root(needed="chroot" in kinds)
+    yield _root(needed="chroot" in required)
     if "chroot" in kinds or "docker" in kinds:
         yield _host_rootfs()
     if "docker" in kinds:
-        yield from _docker(experiment)
-    yield from _gpu()
+        yield from _docker(experiment, "docker" in required, say)
+    if experiment is None or _wants_gpu(experiment):
+        yield from _gpu(needed=experiment is not None)
+    if experiment is not None:
+        yield from _arms(experiment)
+
+
+def _required_arms(experiment: Experiment | None) -> dict[str, Arm]:
+    """Arms without which the experiment is refused."""
+    if experiment is None:
+        return {}
+    compared = set(vars(experiment.compared).values())
+    return {name: arm for name, arm in experiment.arms.items() if arm.required or name in compared}
+
+
+def _wants_gpu(experiment: Experiment) -> bool:
+    on_gpu = (getattr(experiment.engine_of(name), "device", "cpu") == "cuda" for name in experiment.arms)
+    granted = (getattr(arm.environment, "gpus", None) for arm in experiment.arms.values())
+    return any(on_gpu) or any(granted)
 
 
 def _python() -> Check:
@@ -77,6 +104,8 @@ def _engine(experiment: Experiment | None) -> Iterator[Check]:
     if experiment is None or experiment.engine.kind == "embedded":
         for name in ("torch", "transformers"):
             yield _package(name, name, "pip install -c constraints.txt -e '.[embedded]'")
+    for problem in content.engine_problems(experiment) if experiment is not None else ():
+        yield Check("engine", "missing", problem.what, problem.mend)
     if experiment is not None and experiment.model is not None:
         problems = content.model_problems(experiment.model)
         for problem in problems:
@@ -126,13 +155,38 @@ def _memory() -> Iterator[Check]:
     )
 
 
-def _cgroup() -> Check:
+CONTROLLERS = {"memory": "docker arms with a limit and the cgroup terms", "cpuset": "cpuset_cpus"}
+
+
+def _cgroup() -> Iterator[Check]:
     group = observe.cgroup()
     if "absent" in group and "usage_bytes" not in group:
-        return Check("cgroup", "warn", str(group["absent"]), "the cgroup terms will be absent from records")
-    peak = "peak readable" if "peak_bytes" in group else "no peak counter"
-    limit = format_bytes(group["limit_bytes"]) if "limit_bytes" in group else "no limit"
-    return Check("cgroup", "ok", f"v{group['version']}, this process in {group['path']}, {limit}, {peak}")
+        absent = ", ".join(f"{name}: {why}" for name, why in group["absent"].items())
+        yield Check("cgroup", "warn", absent, "the cgroup terms will be absent from records")
+    else:
+        peak = "peak readable" if "peak_bytes" in group else "no peak counter"
+        limit = format_bytes(group["limit_bytes"]) if "limit_bytes" in group else "no limit"
+        yield Check("cgroup", "ok", f"v{group['version']}, {limit}, {peak}, this process in {group['path']}")
+    enabled = cgroup_controllers(int(group.get("version", 2)))
+    lacking = [f"{name} (for {use})" for name, use in CONTROLLERS.items() if name not in enabled]
+    found = f"{', '.join(sorted(enabled)) or 'none'}"
+    if lacking:
+        found += f"; not {', '.join(lacking)}"
+    yield Check(
+        "cgroup controllers", "warn" if lacking else "ok", found,
+        "enable them on the kernel's command line: cgroup_enable=memory" if lacking else "",
+    )  # fmt: skip
+
+
+def cgroup_controllers(version: int, proc: Path = Path("/proc"), top: Path = observe.CGROUP) -> set[str]:
+    """Controllers that are enabled: v1 mounts each as a hierarchy of its own, v2 lists them at the mount's top."""
+    try:
+        if version == 2:
+            return set((top / "cgroup.controllers").read_text().split())
+        rows = [line.split() for line in (proc / "cgroups").read_text().splitlines() if line[:1] != "#"]
+    except OSError:
+        return set()
+    return {row[0] for row in rows if row[3] == "1" and row[1] != "0"}
 
 
 def _disk(runs: Path) -> Check:
@@ -181,7 +235,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--cpuset-cpus 0": {"cpuset_cpus": "0"},
     "--cap-add IPC_LOCK": {"cap_add": ["IPC_LOCK"]},
     "--cap-add SYS_RESOURCE": {"cap_add": ["SYS_RESOURCE"]},
-    "--cap-drop ALL --read-only --security-opt no-new-privileges": {
+    "defaults of docker arms": {
         "cap_drop": ["ALL"], "read_only": True, "security_opt": ["no-new-privileges"],
     },
     "--privileged": {"privileged": True},
@@ -190,50 +244,72 @@ FLAGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _docker(experiment: Experiment | None) -> Iterator[Check]:
+def _docker(experiment: Experiment | None, needed: bool, say: Callable[[str], None]) -> Iterator[Check]:
     try:
         client = image.connect(timeout_s=20)
     except UnavailableError as error:
-        yield Check("docker", "missing", error.message, error.mend or "")
+        yield Check("docker", "missing" if needed else "warn", error.message, error.mend or "")
         return
     try:
         info = client.info()
         found = f"{info['ServerVersion']}, {info['Driver']}, cgroup v{info.get('CgroupVersion', '1')}"
         yield Check("docker", "ok", found)
-        wanted = [arm.environment for arm in experiment.arms.values()] if experiment else []
-        for spec in wanted:
-            if isinstance(spec, DockerEnvironment) and spec.image != "host":
-                yield _image(client, spec.image)
-        if experiment is None:
-            yield from _flags(client)
+        arms = list(experiment.arms.values()) if experiment else []
+        specs = [arm.environment for arm in arms if isinstance(arm.environment, DockerEnvironment)]
+        for reference in sorted({spec.image for spec in specs if spec.image != "host"}):
+            yield _image(client, reference, needed)
+        if experiment is None or any(spec.image == "host" for spec in specs):
+            say("making the host rootfs and its Docker image, unless they are there, to try flags on ...")
+            made = image.build(client, rootfs.build_host(content.cache_folder() / "rootfs"))
+            yield Check("docker image host", "ok", f"{made.reference}, {made.id[:19]}")
+            if experiment is None:
+                say(f"trying {len(FLAGS)} flags ...")
+                yield from _flags(client, made.id)
     finally:
         client.close()
 
 
-def _image(client: Any, reference: str) -> Check:
+def _image(client: Any, reference: str, needed: bool) -> Check:
     try:
         return Check(f"image {reference}", "ok", image.inspect(client, reference).image.id[:19])
-    except UnavailableError as error:
-        return Check(f"image {reference}", "missing", error.message, error.mend or "")
+    except (InputError, UnavailableError) as error:
+        return Check(f"image {reference}", "missing" if needed else "warn", error.message, error.mend or "")
 
 
-def _flags(client: Any) -> Iterator[Check]:
+def _flags(client: Any, image_id: str) -> Iterator[Check]:
     """Each flag tried on a container of the host image; what the daemon refuses is named in its own words."""
-    tree = rootfs.build_host(content.cache_folder() / "rootfs")
-    made = image.build(client, tree)
     for flag, settings in FLAGS.items():
-        refusal = image.try_flag(client, made.id, settings)
-        mend = "do without this flag, or give the daemon what it lacks" if refusal else ""
-        yield Check(f"docker {flag}", "warn" if refusal else "ok", refusal or "works", mend)
+        refusal = image.try_flag(client, image_id, settings)
+        if refusal is None:
+            yield Check(f"docker {flag}", "ok", "works")
+        else:
+            yield Check(f"docker {flag}", "warn", *capabilities.explain(refusal, settings))
+
+
+def _arms(experiment: Experiment) -> Iterator[Check]:
+    """What the plan says of each arm: the environment, the flags it uses, the treatment it asks for."""
+    required = _required_arms(experiment)
+    plan = preview.preview(experiment, one_local_node(), preview.probe(experiment))
+    for arm in plan.arms:
+        if arm.available:
+            yield Check(f"arm {arm.name}", "ok", arm.what)
+            continue
+        found = "; ".join(problem.what for problem in arm.problems)
+        mend = "; ".join(dict.fromkeys(problem.mend for problem in arm.problems))
+        yield Check(f"arm {arm.name}", "missing" if arm.name in required else "warn", found, mend)
 
 
 # ---- GPU --------------------------------------------------------------------------------------------------
 
 
-def _gpu() -> Iterator[Check]:
-    fields = host.nvml_fields()
+def _gpu(*, needed: bool) -> Iterator[Check]:
+    fields = nvml.fields()
     if isinstance(fields, str):
-        yield Check("gpu", "warn", fields, "only needed for engines on a GPU")
+        mend = "install the NVIDIA driver (nvidia-smi must answer)"
+        if needed:
+            yield Check("gpu", "missing", fields, mend)
+        else:
+            yield Check("gpu", "warn", fields, f"only needed for engines on a GPU: {mend}")
         return
     for device, answers in fields.items():
         good = sorted(name for name, answer in answers.items() if answer is None)

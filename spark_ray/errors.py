@@ -9,11 +9,17 @@ from __future__ import annotations
 import errno
 
 EXIT_OK = 0
+"""done"""
 EXIT_BAD_INPUT = 2
+"""bad input: the experiment, the cluster file, an option, or a run folder that cannot be used"""
 EXIT_UNAVAILABLE = 3
+"""something required is unavailable here; nothing was done"""
 EXIT_TOO_MANY_FAILURES = 4
+"""done, but a larger share of trials failed than limits.failed_share allows"""
 EXIT_WATCHDOG = 5
+"""stopped by the memory watchdog; everything measured is kept"""
 EXIT_INTERRUPTED = 130
+"""interrupted; everything measured is kept"""
 
 
 class SparkRayError(Exception):

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import content, image, launch, treatments
+from . import content, digest, image, launch, treatments
 from .divergence import contrast
-from .environments import Content, EnvironmentSpec, Site
+from .environments import Content, EnvironmentSpec, Site, docker
 from .errors import UnavailableError, WatchdogStop
 from .experiment import DockerEnvironment, Experiment
 from .outcome import ANSWERS, VOID
 from .plan import Block, make_block
 from .rootact import RootActs
-from .store import BlockState, Store
+from .store import RECORD, BlockState, Store, read_record
 from .worker import protocol
 
 logger = logging.getLogger("spark_ray")
+ENGINE_WAIT_S = 60  # a Docker daemon that is restarted is back in seconds
 
 
 class Slot(Protocol):
@@ -57,7 +58,10 @@ class Searcher(Protocol):
 class SlotRunner:
     """Runs attempts on the node it lives on: in this process (--local), or inside an actor."""
 
-    def __init__(self, folder: Path, experiment: Experiment, arms: Sequence[str], name: str) -> None:
+    def __init__(
+        self, folder: Path, experiment: Experiment, arms: Sequence[str], name: str, lost: str | None = None
+    ) -> None:
+        """`lost`: label of the attempt in which the runner before this one died."""
         self.name = name
         self._folder = folder
         self._experiment = experiment
@@ -69,23 +73,46 @@ class SlotRunner:
         self._client = image.connect() if wants_docker else None
         try:
             self._model = content.prepare_model(experiment)
-            self._contents = {arm: self._prepare(arm, spec) for arm, spec in specs.items()}
+            trees = content.Trees()
+            self._contents = {arm: self._prepare(arm, spec, trees) for arm, spec in specs.items()}
         except BaseException:
             self._hang_up()
             raise
         known = sorted(p for p in self._model.rglob("*") if p.is_file()) if self._model else []
         self._treater = treatments.Treatments(self._root, folder / "scratch" / name, known)
         self._launcher = launch.Launcher(self._treater, self._client)
+        self._disturbed = [lost] if lost else []  # labels of attempts after which the engine has not been looked at
 
     def run(self, block: Block, arm: str, attempt: int) -> dict[str, str]:
-        outcome: dict[str, str] = self._launcher.run(self._job(block, arm, attempt))["outcome"]
+        self._recover_engine()
+        job = self._job(block, arm, attempt)
+        outcome: dict[str, str] = self._launcher.run(job)["outcome"]
+        if outcome["kind"] == "disturbed":
+            self._disturbed.append(job.site.label)
         return outcome
+
+    def _recover_engine(self, longest_s: float = ENGINE_WAIT_S) -> None:
+        """After a disturbance: the Docker engine must answer again, or its restart would use up every attempt of a block.
+
+        What it could not remove of such attempts while it was away goes now.
+        """
+        if self._client is None or not self._disturbed:
+            return
+        image.wait_for_engine(self._client, longest_s, self._launcher.stop.is_set)
+        with contextlib.suppress(OSError):  # it went away again: the next attempt will wait for it
+            while self._disturbed:
+                labels = {docker.LABEL_RUN: str(self._folder), docker.LABEL_TRIAL: self._disturbed[-1]}
+                image.remove_labelled(self._client, labels)
+                self._disturbed.pop()
 
     def stop(self) -> None:
         """End the present attempt, if any: its outcome is disturbed/interrupted."""
         self._launcher.stop.set()
 
     def close(self) -> None:
+        with contextlib.suppress(UnavailableError):
+            self._recover_engine(longest_s=0)
+        self._launcher.close()
         self._treater.close()
         self._hang_up()
 
@@ -93,9 +120,9 @@ class SlotRunner:
         if self._client is not None:
             self._client.close()
 
-    def _prepare(self, arm: str, spec: EnvironmentSpec) -> Content:
+    def _prepare(self, arm: str, spec: EnvironmentSpec, trees: content.Trees) -> Content:
         """Content of one arm; a flag that the daemon refuses is said now, before any trial."""
-        made = content.prepare(spec, self._client)
+        made = content.prepare(spec, self._client, trees)
         if isinstance(spec, DockerEnvironment) and made.image_id is not None:
             refused = content.refused_flags(spec, self._client, made.image_id)
             if refused:
@@ -249,21 +276,14 @@ class Drive:
             if self._stop.is_set():
                 return True
             self._listener.trial_started(slot.name, block, arm, attempt)
-            logger.info("%s %s/%d begins on %s", block.block_id, arm, attempt, slot.name)
+            folder = self._store.attempt_folder(block.trial_id(arm), attempt)
+            logger.info("%s %s/%d begins on %s, in %s", block.block_id, arm, attempt, slot.name, folder)
             try:
                 outcome = slot.run(block, arm, attempt)
             except SlotLost as error:
                 outcome = {"kind": "disturbed", "reason": "slot_lost", "message": str(error)}
+            self._log_end(block, arm, attempt, outcome)
             self._listener.trial_ended(slot.name, block, arm, outcome)
-            logger.info(
-                "%s %s/%d %s %s %s",
-                block.block_id,
-                arm,
-                attempt,
-                outcome["kind"],
-                outcome["reason"],
-                outcome["message"],
-            )
             if outcome["kind"] == "host_wedged":
                 raise WatchdogStop(
                     f"{block.trial_id(arm)}: {outcome['message']}",
@@ -272,6 +292,16 @@ class Drive:
             if outcome["kind"] in VOID:
                 return True
         return False
+
+    def _log_end(self, block: Block, arm: str, attempt: int, outcome: Mapping[str, str]) -> None:
+        """From the record, so that the log is the same wherever the attempt was executed."""
+        name = f"{block.block_id} {arm}/{attempt}"
+        folder = self._store.attempt_folder(block.trial_id(arm), attempt)
+        record = read_record(folder / RECORD)
+        for line in digest.lines(record, folder) if record else ():
+            logger.info("%s %s", name, line)
+        level = logging.INFO if outcome["kind"] in ANSWERS else logging.WARNING
+        logger.log(level, "%s %s %s %s", name, outcome["kind"], outcome["reason"], outcome["message"])
 
     def _tell(self, state: BlockState) -> None:
         told = outcome_of(state, self._store, self._experiment)
@@ -319,7 +349,7 @@ def failed_share(store: Store) -> tuple[int, int]:
     """(failed trials, all trials) over the executions that count; answers are not failures."""
     failed = total = 0
     for record in store.records():
-        if not record["superseded"]:
+        if record["standing"] == "counts":
             total += 1
             failed += record["outcome"]["kind"] not in ANSWERS
     return failed, total

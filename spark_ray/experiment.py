@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from .engines import EmbeddedEngine, Engine, FakeEngine, Model
 from .spec import (
     NAME,
     DurationS,
@@ -40,80 +41,6 @@ Configuration = dict[str, int | float]
 """One point of the search space: max_batch_size, max_num_tokens, memory_fraction."""
 
 
-# ---- engine and model -------------------------------------------------------------------------------------
-
-MemoryView = Literal["memfree", "memavailable", "cgroup", "engine"]
-
-
-class EmbeddedEngine(Spec):
-    """transformers' continuous batching with its paged KV cache; the pool is sized by a stated law and view."""
-
-    kind: Literal["embedded"]
-    memory_view: MemoryView = Field(
-        default="memfree",
-        description="which memory counts as free when the pool is sized: memfree (TensorRT-LLM's law as it meets "
-        "GB10), memavailable (vLLM, SGLang), cgroup (the smaller of MemFree and what the limit leaves), "
-        "engine (transformers' own)",
-    )
-    tokens_per_block: PositiveInt = 64
-    max_seq_len: PositiveInt = Field(
-        default=1024, description="tokens one request may hold; the pool must fit at least one"
-    )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: PositiveInt | None = Field(
-        default=None, description="CPU threads of torch; default: torch's own choice"
-    )
-
-
-class FakeEngine(Spec):
-    """No engine at all: allocates, hangs, crashes or exits on command. For tests; its numbers mean nothing."""
-
-    kind: Literal["fake"]
-    behaviour: Literal[
-        "ok", "hang", "segfault", "exit", "raise", "infeasible", "allocate", "stop", "garbage"
-    ] = "ok"
-    only_in_arm: str | None = Field(default=None, description="misbehave in this arm only")
-    allocate: SizeBytes | None = None
-    hold: DurationS = Field(default="0s", validate_default=True)
-    kv_cache: SizeBytes = Field(default="1GiB", validate_default=True)
-
-
-Engine = Annotated[EmbeddedEngine | FakeEngine, Field(discriminator="kind")]
-
-
-class RandomLlama(Spec):
-    """A small Llama-architecture checkpoint with random weights, made once and cached: a real loading path, no hub."""
-
-    hidden_size: PositiveInt = 512
-    intermediate_size: PositiveInt = 1536
-    layers: PositiveInt = 8
-    attention_heads: PositiveInt = 8
-    kv_heads: PositiveInt = 8
-    head_dim: PositiveInt = 128
-    vocabulary: PositiveInt = 4096
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.attention_heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError("kv_heads must divide attention_heads, and head_dim must be even")
-        return self
-
-
-class Model(Spec):
-    path: str | None = Field(
-        default=None, description="folder of a Hugging Face checkpoint (config.json, *.safetensors)"
-    )
-    random_llama: RandomLlama | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.random_llama is None):
-            raise ValueError("name exactly one of path and random_llama")
-        return self
-
-
 # ---- search -----------------------------------------------------------------------------------------------
 
 
@@ -122,7 +49,7 @@ class Range(Spec):
 
     low: PositiveInt | Fraction
     high: PositiveInt | Fraction
-    levels: Annotated[int, Field(ge=1, le=64, strict=True)] = Field(default=3, description="levels of a grid")
+    levels: int = Field(default=3, ge=1, le=64, strict=True, description="how many of its values a grid has")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -132,14 +59,14 @@ class Range(Spec):
 
 
 class IntRange(Range):
-    low: PositiveInt
-    high: PositiveInt
-    log: Flag = False
+    low: PositiveInt = Field(description="smallest value, included")
+    high: PositiveInt = Field(description="largest value, included")
+    log: Flag = Field(default=False, description="spread over orders of magnitude, not evenly")
 
 
 class FractionRange(Range):
-    low: Fraction
-    high: Fraction
+    low: Fraction = Field(description="smallest value, included")
+    high: Fraction = Field(description="largest value, included")
 
 
 IntAxis = Annotated[
@@ -159,35 +86,48 @@ FractionAxis = Annotated[
 class Space(Spec):
     """Each axis is a range {low, high}, a list of values, or one value."""
 
-    max_batch_size: IntAxis
-    max_num_tokens: IntAxis
-    memory_fraction: FractionAxis
+    max_batch_size: IntAxis = Field(description="sequences that the engine runs at once, at most")
+    max_num_tokens: IntAxis = Field(description="tokens of one engine step, at most; sets the profiling peak")
+    memory_fraction: FractionAxis = Field(description="share of the memory found free that becomes KV cache")
 
 
 class Search(Spec):
-    sampler: Literal["grid", "random", "qmc", "tpe", "gp"] = "qmc"
+    sampler: Literal["grid", "random", "qmc", "tpe", "gp"] = Field(
+        default="qmc", description="who chooses: tpe and gp seek the largest contrast; qmc covers evenly"
+    )
     blocks: PositiveInt = Field(
         default=16, description="blocks to complete (a grid stops when it is exhausted)"
     )
     repetitions: PositiveInt = Field(default=1, description="blocks at each configuration")
-    space: Space
+    space: Space = Field(description="what is searched")
 
 
 # ---- arms -------------------------------------------------------------------------------------------------
 
 
 class NativeEnvironment(Spec):
-    kind: Literal["native"]
+    kind: Literal["native"] = Field(description="a plain process of this host")
+
+    @property
+    def sees_gpu(self) -> bool:
+        return True
 
 
 class ChrootEnvironment(Spec):
-    kind: Literal["chroot"]
+    kind: Literal["chroot"] = Field(description="another root folder, in its own mount namespace; as root")
     rootfs: str = Field(
         default="host", description='a folder, or "host": made from this interpreter (spark-ray rootfs build)'
     )
     python: str | None = Field(
         default=None, description="interpreter inside; default: what the rootfs says, else python3"
     )
+    gpus: Literal["all"] | None = Field(
+        default=None, description="bind the host's NVIDIA driver libraries into it; /dev is the host's anyway"
+    )
+
+    @property
+    def sees_gpu(self) -> bool:
+        return self.gpus is not None
 
 
 class DockerEnvironment(Spec):
@@ -200,23 +140,30 @@ class DockerEnvironment(Spec):
     python: str | None = Field(
         default=None, description="interpreter inside; default: what the rootfs says, else python3"
     )
-    memory: SizeBytes | None = None
-    memory_swap: SizeBytes | None = None
-    shm_size: SizeBytes | None = None
-    ipc: Literal["private", "host", "shareable", "none"] | None = None
-    pid: Literal["host"] | None = None
-    network: Literal["none", "host", "bridge"] = "none"
-    cpuset_cpus: str | None = None
-    cgroup_parent: str | None = None
+    memory: SizeBytes | None = Field(default=None, description="--memory: limit of its cgroup")
+    memory_swap: SizeBytes | None = Field(default=None, description="--memory-swap: memory plus swap")
+    shm_size: SizeBytes | None = Field(default=None, description="--shm-size: size of /dev/shm")
+    ipc: Literal["private", "host", "shareable", "none"] | None = Field(default=None, description="--ipc")
+    pid: Literal["host"] | None = Field(default=None, description="--pid: host, or a namespace of its own")
+    network: Literal["none", "host", "bridge"] = Field(default="none", description="--network")
+    cpuset_cpus: str | None = Field(default=None, description="--cpuset-cpus, such as 0-3")
+    cgroup_parent: str | None = Field(default=None, description="--cgroup-parent: the cgroup it is put under")
     ulimits: dict[str, Annotated[int, Field(ge=-1, strict=True)]] = Field(
         default_factory=dict, description="soft = hard limit by name; -1 is unlimited"
     )
-    privileged: Flag = False
-    cap_add: tuple[str, ...] = ()
-    cap_drop: tuple[str, ...] = ("ALL",)
-    no_new_privileges: Flag = True
-    read_only: Flag = True
-    gpus: Literal["all"] | None = None
+    privileged: Flag = Field(default=False, description="--privileged: all capabilities and devices")
+    cap_add: tuple[str, ...] = Field(default=(), description="--cap-add: capabilities given")
+    cap_drop: tuple[str, ...] = Field(default=("ALL",), description="--cap-drop: capabilities taken away")
+    no_new_privileges: Flag = Field(default=True, description="no set-user-ID program gains anything")
+    read_only: Flag = Field(default=True, description="--read-only: its root file system")
+    gpus: Literal["all"] | None = Field(
+        default=None,
+        description="--gpus; where the daemon has no NVIDIA toolkit, the driver's libraries and device nodes",
+    )
+
+    @property
+    def sees_gpu(self) -> bool:
+        return self.gpus is not None
 
 
 Environment = Annotated[
@@ -238,7 +185,9 @@ class Treatment(Spec):
     """A state of the host, set and verified before each attempt. A key left out takes the strongest this user may."""
 
     page_cache: PageCache | None = Field(
-        default=None, description="default: drop as root, else advise (and a warning)"
+        default=None,
+        description="drop all of it (root), advise the files known to this tool away, keep it as it is, or hold "
+        "a fill of a given size on top; default: drop as root, else advise and a warning",
     )
     per_cpu_pages: Literal["as_is", "drained"] | None = Field(
         default=None,
@@ -247,12 +196,12 @@ class Treatment(Spec):
 
 
 class Arm(Spec):
-    environment: Environment
-    treatment: Treatment = Field(default_factory=Treatment)
+    environment: Environment = Field(description="where the worker runs; a bare kind stands for its defaults")
+    treatment: Treatment = Field(default_factory=Treatment, description="host state set before an attempt")
     engine: dict[str, Any] = Field(
         default_factory=dict, description="engine settings that differ in this arm"
     )
-    required: Flag = True
+    required: Flag = Field(default=True, description="false: left out, and said so, where the host lacks it")
 
     @field_validator(
         "environment",
@@ -265,8 +214,8 @@ class Arm(Spec):
 
 
 class Contrast(Spec):
-    baseline: str
-    against: str
+    baseline: str = Field(description="the arm that the other is compared with")
+    against: str = Field(description="the other one; less capacity is a positive contrast")
 
 
 # ---- the rest ---------------------------------------------------------------------------------------------
@@ -275,13 +224,15 @@ class Contrast(Spec):
 class Workload(Spec):
     """Fixed-length requests after the pool is sized. Zero requests: the KV-only trial."""
 
-    requests: Annotated[int, Field(ge=0, strict=True)] = 4
-    input_tokens: PositiveInt = 16
-    output_tokens: PositiveInt = 8
+    requests: int = Field(default=4, ge=0, strict=True, description="requests sent at once; 0: KV only")
+    input_tokens: PositiveInt = Field(default=16, description="length of each prompt")
+    output_tokens: PositiveInt = Field(default=8, description="tokens generated for each")
 
 
 class Limits(Spec):
-    trial_timeout: DurationS = Field(default="10min", gt=0, validate_default=True)
+    trial_timeout: DurationS = Field(
+        default="10min", gt=0, validate_default=True, description="a trial that takes longer is killed"
+    )
     expected_trial: DurationS | None = Field(
         default=None, description="how long one trial takes, for the plan's estimate"
     )
@@ -307,16 +258,20 @@ class Limits(Spec):
 
 
 class Experiment(Spec):
-    name: PlainName = Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})
+    name: PlainName = Field(
+        json_schema_extra={"pattern": f"^{NAME.pattern}$"}, description="names the run: runs/NAME"
+    )
     question: str = Field(default="", description="what this experiment answers, in a sentence")
-    seed: Seed = 0
-    engine: Engine
-    model: Model | None = Field(default=None, validate_default=True)
-    workload: Workload = Field(default_factory=Workload)
-    search: Search
-    arms: dict[PlainName, Arm] = Field(min_length=2)
-    contrast: Contrast | None = Field(default=None, validate_default=True)
-    limits: Limits = Field(default_factory=Limits)
+    seed: Seed = Field(default=0, description="of everything random: configurations and the order of arms")
+    engine: Engine = Field(description="the engine whose capacity is measured")
+    model: Model | None = Field(default=None, validate_default=True, description="what the engine loads")
+    workload: Workload = Field(default_factory=Workload, description="what it generates afterwards")
+    search: Search = Field(description="how configurations are chosen")
+    arms: dict[PlainName, Arm] = Field(min_length=2, description="what is compared, by name; at least two")
+    contrast: Contrast | None = Field(
+        default=None, validate_default=True, description="which two are compared"
+    )
+    limits: Limits = Field(default_factory=Limits, description="how long, how often, how much memory")
 
     # Consistency is checked field by field, against the fields before (`info.data` has those that are valid),
     # so that its problems are reported together with those of other fields, each at its own place.
@@ -335,6 +290,13 @@ class Experiment(Spec):
         if engine is not None:
             problems = [own_problems(engine, arm.engine, (name, "engine")) for name, arm in arms.items()]
             refuse([each for of_arm in problems for each in of_arm])
+            refuse(
+                [
+                    problem("engine.device is cuda: say gpus: all", (name, "environment"), None, ())
+                    for name, arm in arms.items()
+                    if with_own(engine, arm.engine).needs_gpu and not arm.environment.sees_gpu
+                ]
+            )
         return arms
 
     @field_validator("contrast")

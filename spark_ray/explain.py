@@ -16,6 +16,7 @@ KeyPath = tuple[str | int, ...]
 
 _NO_MAPPING = {"model_type", "model_attributes_type", "dict_type"}
 _OWN_WORDS = {"value_error", "inconsistent"}  # our own messages: some have the value in them
+_MISSING, _MEANT = "this key is missing", "did you mean "
 _YES, _NO = {"yes", "on", "y"}, {"no", "off", "n"}
 
 
@@ -30,13 +31,24 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def explain_all(errors: Sequence[ErrorDetails], data: Any) -> list[tuple[KeyPath, str]]:
+    """Every error's path and words; a required key that was only misspelt is one problem, not two."""
+    found = [explain(error, data) for error in errors]
+    meant = {
+        (*path[:-1], message.rpartition(_MEANT)[2].rstrip("?"))
+        for error, (path, message) in zip(errors, found, strict=True)
+        if error["type"] == "extra_forbidden" and _MEANT in message
+    }
+    return [(path, message) for path, message in found if message != _MISSING or path not in meant]
+
+
 def explain(error: ErrorDetails, data: Any) -> tuple[KeyPath, str]:
     """The path in `data` of one validation error, and what is wrong there."""
     kind, got, context = error["type"], error["input"], error.get("ctx", {})
     path = _locate(error["loc"], data)
     choices = re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags") or ""))
     if kind == "missing":
-        return (*path, error["loc"][-1]), "this key is missing"
+        return (*path, error["loc"][-1]), _MISSING
     if kind == "union_tag_not_found":
         return (*path, "kind"), f"this key is missing: one of {', '.join(_kinds(path))}"
     if kind == "extra_forbidden":
@@ -82,7 +94,7 @@ def _suggest(word: object, choices: Iterable[str], otherwise: str = "") -> str:
     choices = sorted(choices)
     close = difflib.get_close_matches(str(word).lower()[:100], choices, 1, 0.6)
     if close:
-        return f"; did you mean {close[0]}?"
+        return f"; {_MEANT}{close[0]}?"
     return f"; {otherwise}: {', '.join(choices)}" if otherwise and choices else ""
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from . import image
+from . import guestfiles, image
 from .environments import Start
+from .worker.observe import descendants
 
 
 class StartError(Exception):
@@ -26,6 +27,10 @@ class StartError(Exception):
     def __init__(self, message: str, *, refused: bool = True) -> None:
         super().__init__(message)
         self.refused = refused
+
+
+class EnvironmentLostError(Exception):
+    """What runs the worker does not answer any more: nothing can be said about the worker."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class ProcessGuest:
             self._process.stdin.write(b"go\n")
 
     def pid_of(self, told: int) -> int:
+        if told not in descendants(self._process.pid):
+            raise ProcessLookupError  # a guest that names another process would be seen in that one's place
         return told
 
     def identity(self) -> dict[str, Any]:
@@ -177,8 +184,7 @@ class ContainerGuest:
                 break
             payload, self._buffer = self._buffer[8 : 8 + size], self._buffer[8 + size :]
             if kind == 2:
-                with self._log.open("ab") as stream:
-                    stream.write(payload)
+                guestfiles.append(self._log, payload)
             else:
                 out += payload
         return out or b"\n"
@@ -188,12 +194,10 @@ class ContainerGuest:
             self._socket.sendall(b"go\n")
 
     def pid_of(self, told: int) -> int:  # noqa: ARG002  the worker only knows its number inside
-        from .worker.observe import descendants
-
         try:
             first = int(self._api.inspect_container(self.container_id)["State"]["Pid"])
         except self._errors as error:
-            raise ProcessLookupError(_explain(error)) from error
+            raise EnvironmentLostError(_explain(error)) from error
         if first == 0:
             raise ProcessLookupError
         return descendants(first)[-1]  # the supervisor's only child

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import nvml
 from .worker import evidence, observe
 
 SAMPLE_INTERVAL_S = 0.05
@@ -45,8 +46,14 @@ def describe() -> dict[str, Any]:
         "cgroup_version": observe.cgroup_path("self")[0],
         "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "overcommit_memory": _read("/proc/sys/vm/overcommit_memory"),
-        "gpus": gpus(),
+        "gpus": _gpus(),
     }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """Name, uuid and driver of each NVIDIA GPU; empty where there is no driver."""
+    with nvml.Reader() as reader:
+        return reader.describe()
 
 
 def _read(path: str) -> str | None:
@@ -61,61 +68,6 @@ def _cpu_model() -> str | None:
         if line.startswith(("model name", "Model")):
             return line.split(":", 1)[1].strip()
     return None
-
-
-def gpus() -> list[dict[str, Any]]:
-    """Name, uuid and driver of each NVIDIA GPU; empty where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            {"name": pynvml.nvmlDeviceGetName(h), "uuid": pynvml.nvmlDeviceGetUUID(h), "driver": driver}
-            for h in handles
-        ]
-    except pynvml.NVMLError as error:
-        return [{"error": str(error)}]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def nvml_fields() -> dict[str, dict[str, str | None]] | str:
-    """Which NVML questions each device answers: None is an answer, a text is NVML's refusal. A text: no NVML here."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return f"no NVIDIA driver answers: {error}"
-    questions = {
-        "memory": pynvml.nvmlDeviceGetMemoryInfo,
-        "utilization": pynvml.nvmlDeviceGetUtilizationRates,
-        "power": pynvml.nvmlDeviceGetPowerUsage,
-        "energy": pynvml.nvmlDeviceGetTotalEnergyConsumption,
-        "throttle reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons,
-        "processes": pynvml.nvmlDeviceGetComputeRunningProcesses,
-        "temperature": lambda device: pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
-        "SM clock": lambda device: pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM),
-    }
-    found: dict[str, dict[str, str | None]] = {}
-    try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            answers = found.setdefault(f"{index} {pynvml.nvmlDeviceGetName(device)}", {})
-            for name, ask in questions.items():
-                try:
-                    ask(device)
-                    answers[name] = None
-                except pynvml.NVMLError as error:
-                    answers[name] = str(error)
-    finally:
-        pynvml.nvmlShutdown()
-    return found
 
 
 def oom_kills() -> int:
@@ -171,12 +123,16 @@ _PAGESET = re.compile(rb"^ +count: +(\d+)", re.MULTILINE)  # in zoneinfo only pa
 class Sampler:
     """Cheap counters every 50 ms into memory; written down after the guest has ended. Counts its own CPU time.
 
-    Files stay open and four fields are picked out: 70 us a row, a third of what `observe` would need.
+    Files stay open and four fields are picked out: 70 us a row, a third of what `observe` would need. GPUs are asked
+    through NVML every 200 ms, which some drivers take milliseconds to answer.
     """
 
-    def __init__(self, pid: int | None) -> None:
+    def __init__(self, pid: int | None, gpus: nvml.Reader) -> None:
         self.rows: list[tuple[float | int | None, ...]] = []
+        self.gpu_rows: list[tuple[float | int | None, ...]] = []
         self.cpu_s = 0.0
+        self._gpus = gpus
+        self._gpus_due_s = 0.0
         self._meminfo = os.open(observe.PROC / "meminfo", os.O_RDONLY)
         self._zoneinfo = self._open(observe.PROC / "zoneinfo")
         self._usage = self._open(self._usage_file(pid)) if pid else None
@@ -216,6 +172,9 @@ class Sampler:
                 self._used(),
             )
         )
+        if time.monotonic() >= self._gpus_due_s:
+            self.gpu_rows += self._gpus.sample()
+            self._gpus_due_s = time.monotonic() + nvml.SAMPLE_INTERVAL_S
         self.cpu_s += time.thread_time() - started
         return available
 

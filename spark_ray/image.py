@@ -6,7 +6,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,11 @@ def try_flag(client: Any, image_id: str, settings: dict[str, Any]) -> str | None
     return None if code == 0 else f"the container ended with status {code}"
 
 
+def no_such_program(refusal: str) -> bool:
+    """Whether all that is wrong is that the image has no /bin/true: the daemon has granted the flags by then."""
+    return "executable file not found" in refusal or "no such file" in refusal
+
+
 def remove_container(client: Any, container_id: str) -> None:
     """Remove a container, running or not. That it is gone already is success."""
     try:
@@ -100,6 +106,52 @@ def remove_container(client: Any, container_id: str) -> None:
     except APIError as error:
         if error.status_code != 409:  # "removal already in progress"
             raise
+
+
+def ours(client: Any) -> Iterator[tuple[str, str]]:
+    """(reference, first folder of its PATH) of each image that `build` has named, on an engine of this machine."""
+    if not client.api.base_url.startswith("http+docker://"):
+        return  # its folders are another machine's
+    for found in client.api.images(name=REPOSITORY, filters={"label": LABEL}):
+        for reference in found.get("RepoTags") or ():
+            first = inspect(client, reference).env.get("PATH", "").split(":")[0]
+            yield reference, first
+
+
+def remove_image(client: Any, reference: str) -> str | None:
+    """Remove an image; why it stays, if the engine refuses. That it is gone already is success."""
+    try:
+        client.api.remove_image(reference)
+    except NotFound:
+        return None
+    except APIError as error:
+        return str(error.explanation)
+    return None
+
+
+def wait_for_engine(client: Any, longest_s: float, given_up: Callable[[], bool]) -> None:
+    """Until the engine of `client` answers again; UnavailableError when it has not within `longest_s`."""
+    deadline = time.monotonic() + longest_s
+    while not given_up():
+        try:
+            client.ping()
+        except (DockerException, OSError) as error:
+            if time.monotonic() > deadline:
+                lost = _unreachable(error)
+                raise UnavailableError(
+                    f"{lost.message} (waited {longest_s:.0f} s for it to come back)",
+                    mend=f"{lost.mend}, then continue with --resume",
+                ) from error
+            time.sleep(0.1)
+        else:
+            return
+
+
+def remove_labelled(client: Any, labels: Mapping[str, str]) -> None:
+    """Remove the containers that carry all of these labels."""
+    filters = {"label": [f"{name}={value}" for name, value in labels.items()]}
+    for container in client.api.containers(all=True, filters=filters):
+        remove_container(client, container["Id"])
 
 
 def _unreachable(error: BaseException) -> UnavailableError:

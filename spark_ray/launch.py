@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import select
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,12 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import __version__, environments, host, outcome, treatments
+from . import __version__, environments, guestfiles, host, nvml, outcome, receive, treatments
 from .environments import EnvironmentSpec, Site
 from .experiment import Limits
-from .guest import ContainerGuest, Ended, Guest, ProcessGuest, StartError
+from .guest import ContainerGuest, Ended, EnvironmentLostError, Guest, ProcessGuest, StartError
+from .result import Asked
 from .store import RECORD, RECORD_VERSION, write_durably
 from .worker import evidence, observe, protocol
+
+_MOST_NOISE = 1 << 20  # bytes of what is no control line that are kept: a guest can print for ever
+_MOST_OBSERVATIONS = 1000  # of one guest; an engine has a dozen phases
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class _Watch:
     sampler: host.Sampler | None = None
     ended: Ended = field(default_factory=lambda: Ended(None, {}))
     start_error: str | None = None  # the environment refused
-    start_lost: str | None = None  # the environment did not answer
+    lost: str | None = None  # the environment did not answer, or no longer
     noise: bytes = b""  # what the image's entrypoint and the like printed
 
 
@@ -64,8 +69,12 @@ class Launcher:
         self._treater = treater
         self._docker = docker_client
         self._host = host.identity()
+        self._gpus = nvml.Reader()
         self._wanted_bytes: int | None = None
         self.stop = threading.Event()
+
+    def close(self) -> None:
+        self._gpus.close()
 
     # -- one attempt --------------------------------------------------------------------------------------
 
@@ -77,7 +86,7 @@ class Launcher:
         start = environments.module_of(job.environment).start(job.environment, job.site)
         treated = self._treater.apply(job.treatment) if wait.reached else {}
         self._write_request(job, start)
-        before = observe.observe("before_launch", with_tree=False)
+        before = self._look("before_launch")
         # The level is the present one from here on: a program that came to stay disturbs once, not for ever.
         level = before["meminfo"]["MemAvailable"] + before.get("per_cpu_free_bytes", 0)
         self._wanted_bytes = level - job.limits.memory_tolerance
@@ -88,11 +97,12 @@ class Launcher:
         ended = watch.ended
         kills = max(host.oom_kills() - kills_before, int(bool(ended.details.get("oom_killed"))))
         self._treater.undo()
-        watch.observations.append(observe.observe("after_exit", with_tree=False))
-        result, result_error = read_result(job)
+        watch.observations.append(self._look("after_exit"))
+        guestfiles.reopen(job.folder)
+        shutil.rmtree(job.folder / environments.FRESH_HOME, ignore_errors=True)
+        result, result_error = receive.read_result(job.folder, _asked(job, before))
         if watch.noise.strip():
-            with (job.folder / "worker.log").open("ab") as stream:
-                stream.write(watch.noise)
+            guestfiles.append(job.folder / "worker.log", watch.noise)
         facts = outcome.Facts(
             result=result,
             result_error=result_error,
@@ -102,7 +112,7 @@ class Launcher:
             not_reached=_not_reached(wait, treatments.not_held(job.treatment, watch.at_sizing)),
             contradictions=(*watch.contradictions, *self._inside_contradictions(job, watch, result)),
             start_error=watch.start_error,
-            start_lost=watch.start_lost,
+            lost=watch.lost,
         )
         times |= {"ended_at": datetime.now(UTC).isoformat()}
         seen = {
@@ -110,7 +120,7 @@ class Launcher:
             "treatment": treated, "exit_code": ended.exit_code, "end": ended.details, "oom_kills": kills,
             "stopped_by": watch.stopped_by, "duration_s": time.monotonic() - started, "samples": self._save_samples(job, watch),
         }  # fmt: skip
-        protocol.write_json(job.folder / "host.json", seen)
+        guestfiles.write(job.folder / "host.json", json.dumps(seen, allow_nan=False) + "\n")
         return self._record(job, start, seen, times, result, outcome.derive(facts))
 
     def _execute(self, job: Job, start: environments.Start, watch: _Watch) -> None:
@@ -119,7 +129,7 @@ class Launcher:
             guest = self._start(job, start)
         except StartError as error:
             watch.start_error = str(error) if error.refused else None
-            watch.start_lost = None if error.refused else str(error)
+            watch.lost = None if error.refused else str(error)
             return
         try:
             self._follow(guest, job, watch)
@@ -143,6 +153,7 @@ class Launcher:
             "bundle_sha256": job.bundle_sha256,
             "seed": job.seed,
         }
+        (job.folder / environments.FRESH_HOME).mkdir()
         protocol.write_json(job.folder / "request.json", request)
         protocol.write_json(job.folder / "command.json", dataclasses.asdict(start))
         if start.enter is not None:
@@ -158,7 +169,7 @@ class Launcher:
 
     def _follow(self, guest: Guest, job: Job, watch: _Watch) -> None:
         """Answer the worker at its phases, sample between them, stop it when it must be stopped."""
-        watch.sampler = host.Sampler(None)
+        watch.sampler = host.Sampler(None, self._gpus)
         try:
             self._attend(guest, job, watch)
         finally:
@@ -175,6 +186,7 @@ class Launcher:
                 if not piece:
                     return
                 *lines, pending = (pending + piece).split(b"\n")
+                pending = pending[-_MOST_NOISE:]
                 for line in lines:
                     self._hear(line, guest, job, watch)
             assert watch.sampler is not None  # noqa: S101  made in _follow
@@ -194,26 +206,36 @@ class Launcher:
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it can die while we look
             match words:
                 case [protocol.CONTROL, "ready", pid] if pid.isdigit():
-                    self._meet(guest, int(pid), job, watch)
-                case [protocol.CONTROL, "phase", name]:
+                    try:
+                        self._meet(guest, int(pid), job, watch)
+                    except EnvironmentLostError as error:  # not seen, and that is no fault of the worker's
+                        watch.lost = str(error)
+                case [protocol.CONTROL, "phase", name] if name in protocol.PHASES:
                     self._observe(name, watch)
                 case _:  # an entrypoint's banner
-                    watch.noise += line + b"\n" if line.strip() else b""
+                    if line.strip() and len(watch.noise) < _MOST_NOISE:
+                        watch.noise += line + b"\n"
                     return
         guest.answer()
 
     def _observe(self, phase: str, watch: _Watch) -> None:
         if phase == "sizing":
             watch.at_sizing = self._treater.seen_now()
-        if watch.pid is not None:
-            watch.observations.append(observe.observe(phase, watch.pid))
+        if watch.pid is not None and len(watch.observations) < _MOST_OBSERVATIONS:
+            watch.observations.append(self._look(phase, watch.pid))
+
+    def _look(self, phase: str, pid: int | None = None) -> dict[str, Any]:
+        """One outside observation; of the process tree as well while there is one."""
+        seen = observe.observe(phase, pid or "self", with_tree=pid is not None)
+        gpus = self._gpus.read()
+        return seen | {"gpus": gpus} if gpus else seen
 
     def _meet(self, guest: Guest, told_pid: int, job: Job, watch: _Watch) -> None:
         """Look at the live worker from outside: where it really runs."""
         watch.pid = guest.pid_of(told_pid)
         if watch.sampler is not None:
             watch.sampler.close()
-        watch.sampler = host.Sampler(watch.pid)
+        watch.sampler = host.Sampler(watch.pid, self._gpus)
         outside: dict[str, Any] = {
             **guest.identity(),
             "worker_pid": watch.pid,
@@ -236,18 +258,25 @@ class Launcher:
             return []
         if not watch.outside:
             return ["the host could not look at the worker while it lived"]
-        return environments.common_contradictions(result["evidence"], watch.outside, job.bundle_sha256)
+        inside = result["evidence"]
+        return environments.common_contradictions(job.environment, inside, watch.outside, job.bundle_sha256)
 
     def _save_samples(self, job: Job, watch: _Watch) -> dict[str, Any]:
         """The time series beside the record, and what sampling cost."""
         if watch.sampler is None:
             return {"count": 0}
-        rows = watch.sampler.rows
-        (job.folder / "samples.json").write_text(
-            json.dumps({"fields": host.SAMPLE_FIELDS, "rows": rows}), encoding="utf-8"
-        )
+        rows, gpu_rows = watch.sampler.rows, watch.sampler.gpu_rows
+        series: dict[str, Any] = {"fields": host.SAMPLE_FIELDS, "rows": rows}
+        if gpu_rows:
+            series |= {"gpu_fields": nvml.SAMPLE_FIELDS, "gpu_rows": gpu_rows}
+        guestfiles.write(job.folder / "samples.json", json.dumps(series))
         lowest = min((row[2] for row in rows if row[2] is not None), default=None)
-        return {"count": len(rows), "cpu_s": watch.sampler.cpu_s, "lowest_mem_available_bytes": lowest}
+        return {
+            "count": len(rows),
+            "gpu_count": len(gpu_rows),
+            "cpu_s": watch.sampler.cpu_s,
+            "lowest_mem_available_bytes": lowest,
+        }
 
     def _record(
         self,
@@ -271,7 +300,7 @@ class Launcher:
             "bundle_sha256": job.bundle_sha256,
             "command": list(start.argv),
             "result": result,
-            "inside": read_observations(job.folder / "observations.jsonl"),
+            "inside": receive.read_observations(job.folder / "observations.jsonl"),
             "host": seen,
             "outcome": verdict.as_dict(),
         }
@@ -285,32 +314,15 @@ def _not_reached(wait: host.Wait, lost: str | None) -> str | None:
     return lost
 
 
-def read_result(job: Job) -> tuple[dict[str, Any] | None, str | None]:
-    """(result, None) if result.json is whole and of this attempt; else (None, why)."""
-    path = job.folder / "result.json"
-    try:
-        result = protocol.check_fields("result.json", protocol.read_json(path), protocol.RESULT_FIELDS)
-    except FileNotFoundError:
-        return None, None
-    except (OSError, ValueError, RecursionError, protocol.ProtocolError) as error:
-        return None, f"result.json cannot be used: {error}"
-    if (result["trial_id"], result["attempt"]) != (job.trial["trial_id"], job.trial["attempt"]):
-        return None, "result.json is of another attempt"
-    failure = result["failure"]
-    if failure is not None and (
-        not isinstance(failure, dict) or failure.get("kind") not in protocol.FAILURE_KINDS
-    ):
-        return None, "result.json has a failure of an unknown kind"
-    if not isinstance(result["evidence"], dict) or not isinstance(result["measurements"], dict):
-        return None, "result.json has no evidence or measurements"
-    return result, None
-
-
-def read_observations(path: Path) -> list[dict[str, Any]]:
-    """What the worker observed, as far as it got; a torn last line is left out."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
+def _asked(job: Job, before: dict[str, Any]) -> Asked:
+    """What the result is held against. A fake pool may be larger than this host: it is no memory."""
+    info, gpus = before["meminfo"], nvml.memory_bytes()
+    real = job.engine["kind"] != "fake" and gpus is not None
+    return Asked(
+        trial_id=job.trial["trial_id"],
+        attempt=job.trial["attempt"],
+        engine=job.engine,
+        configuration=job.trial["configuration"],
+        workload=job.workload,
+        memory_bytes=info["MemTotal"] + info.get("SwapTotal", 0) + (gpus or 0) if real else None,
+    )

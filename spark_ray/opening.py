@@ -1,4 +1,8 @@
-"""A run folder begun, or opened again: what must be the same, and how the study is made to agree with the records."""
+"""A run folder begun, or opened again: what must be the same, and how the study is made to agree with the records.
+
+A block that was given up (disturbed `block_attempts` times) has no outcome, so it is open: whoever resumes has had the
+time to mend what disturbed it, and it is executed again, up to `block_attempts` times more.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,7 @@ def begin(
         "created_at": datetime.now(UTC).isoformat(),
         "experiment": loaded.resolved,
         "overrides": list(loaded.overrides),
+        "allowed_roots": [str(root) for root in loaded.allowed_roots],
         "arms": list(plan.executed),
         "left_out": {
             arm.name: [str(problem) for problem in arm.problems] for arm in plan.arms if not arm.available
@@ -84,8 +89,27 @@ def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
     return store
 
 
+def changes(stored: dict[str, Any]) -> list[str]:
+    """What is not as it was when the run was begun, and does not forbid to go on with it."""
+    found = []
+    if stored["spark_ray_version"] != __version__:
+        found.append(
+            f"this run was begun with spark_ray {stored['spark_ray_version']} and is continued with {__version__}"
+        )
+    if stored["bundle_sha256"] != protocol.package_sha256(WORKER):
+        found.append("the worker of this program is not the one of the run: the run's own, bundle/, is used")
+    return found
+
+
+def rebuild(store: Store, search: Search) -> list[str]:
+    """Blocks on disk of a study whose journal is gone come into it again; what was done is for people to read."""
+    blocks = store.blocks()
+    count = search.rebuild([(block.study_trial, block.configuration, block.repetition) for block in blocks])
+    return [f"study.journal was lost: made again from {count} blocks on disk"] if count else []
+
+
 def recover(store: Store, search: Search, experiment: Experiment) -> int:
-    """Make the study agree with the records; returns how many blocks are open."""
+    """Make the study agree with the records; returns how many blocks are open, those given up before included."""
     finished: dict[int, Told | Abandoned] = {}
     for state in map(store.state, store.blocks()):
         if state.complete:

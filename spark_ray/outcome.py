@@ -6,6 +6,10 @@ import signal
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from .result import KvCache, problems
+
 OutcomeKind = Literal[
     "ok",
     "infeasible",
@@ -21,8 +25,6 @@ ANSWERS = frozenset({"ok", "infeasible", "out_of_memory"})
 """Outcomes that answer the question. The rest of the final ones are failures; `disturbed` is no outcome of the trial."""
 VOID = frozenset({"disturbed", "host_wedged"})
 """The block is void: it runs again as a whole, within bounds."""
-
-_KV_NUMBERS = ("bytes", "blocks", "tokens", "tokens_per_block", "bytes_per_token", "sequences")
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Facts:
     """What the host knows of an attempt that has ended."""
 
     result: dict[str, Any] | None  # checked result.json
-    result_error: str | None = None  # why there is none that can be read
+    result_error: str | None = None  # why there is none, or none with a capacity, that can be believed
     exit_code: int | None = None  # 128 + n after signal n
     oom_kills: int = 0  # kernel out-of-memory kills in the worker's group or on the host meanwhile
     stopped_by: str | None = None  # deadline, watchdog, interrupt: what of ours ended it
     not_reached: str | None = None  # a treatment or gate that did not hold
     contradictions: tuple[str, ...] = ()
     start_error: str | None = None
-    start_lost: str | None = None  # what starts the worker did not answer
+    lost: str | None = None  # what runs the worker did not answer, or no longer
 
 
 def capacity_problem(measurements: Any) -> str | None:
@@ -55,16 +57,11 @@ def capacity_problem(measurements: Any) -> str | None:
     kv = measurements.get("kv_cache") if isinstance(measurements, dict) else None
     if not isinstance(kv, dict):
         return "the result has no kv_cache"
-    for name in _KV_NUMBERS:
-        value = kv.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            return f"kv_cache.{name} is {value!r}, not a count"
-    if not isinstance(kv.get("source"), str) or not kv["source"]:
-        return "kv_cache has no source"
-    if kv["tokens"] != kv["blocks"] * kv["tokens_per_block"]:
-        return "kv_cache: tokens is not blocks x tokens_per_block"
-    if kv["bytes"] != kv["tokens"] * kv["bytes_per_token"]:
-        return "kv_cache: bytes is not tokens x bytes_per_token"
+    try:
+        KvCache.model_validate(kv)
+    except ValidationError as error:
+        path, message = problems(error)[0]
+        return f"{'.'.join(map(str, ('kv_cache', *path)))}: {message}"
     return None
 
 
@@ -95,6 +92,15 @@ def _of_exit(facts: Facts) -> Outcome:
     return Outcome("crashed", f"exit_{code}", f"the worker ended with status {code}")
 
 
+_MOST_CHARACTERS = 4000  # of a guest's message; result.json has the whole
+
+
+def _shown(message: str) -> str:
+    """A guest's words, safe for a terminal: what could steer one is written out in hexadecimal."""
+    shown = message[:_MOST_CHARACTERS] + ("…" if len(message) > _MOST_CHARACTERS else "")
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in shown)
+
+
 def derive(facts: Facts) -> Outcome:
     """One outcome; what disturbed an attempt outweighs what it measured, and where it ran outweighs both."""
     if facts.stopped_by == "watchdog":
@@ -105,8 +111,8 @@ def derive(facts: Facts) -> Outcome:
         )
     if facts.stopped_by == "interrupt":
         return Outcome("disturbed", "interrupted", "the run was interrupted")
-    if facts.start_lost is not None:
-        return Outcome("disturbed", "environment_gone", facts.start_lost)
+    if facts.lost is not None:
+        return Outcome("disturbed", "environment_gone", facts.lost)
     if facts.start_error is not None:
         return Outcome("crashed", "start_refused", facts.start_error)
     if facts.contradictions:
@@ -119,8 +125,8 @@ def derive(facts: Facts) -> Outcome:
         return _of_exit(facts)
     failure = facts.result["failure"]
     if failure is not None:
-        return Outcome(failure["kind"], str(failure["reason"]), str(failure["message"]))
+        return Outcome(failure["kind"], failure["reason"], _shown(failure["message"]))
     problem = capacity_problem(facts.result["measurements"])
     if problem:
-        return Outcome("engine_error", "no_capacity", problem)
+        return Outcome("engine_error", "no_capacity", facts.result_error or problem)
     return Outcome("ok", "measured")

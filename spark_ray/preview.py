@@ -7,9 +7,10 @@ from pathlib import Path
 
 from . import content, environments, image, treatments
 from .cluster import Cluster
+from .engines import EmbeddedEngine
 from .environments import Offer, Problem
 from .errors import UnavailableError
-from .experiment import DockerEnvironment, EmbeddedEngine, Experiment, Fill
+from .experiment import DockerEnvironment, Experiment, Fill
 from .plan import arm_order
 from .rootact import RootActs
 from .search import GP_MEND

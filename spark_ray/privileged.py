@@ -9,7 +9,8 @@ It is run as `python -I -S privileged.py VERB ...`, as root or with `sudo -n` in
 and nothing else: any other word ends with status 2 and one line on standard error.
 
 SPEC is `{"root", "mounts": [{"source", "target", "read_only"}], "argv", "env", "cwd", "uid", "gid", "tmp", "read_only"}`.
-`mounts`, `cwd`, `uid`, `gid`, `tmp` (a fresh tmpfs on /tmp, default false) and `read_only` (the root itself, default
+A mount whose source is null is a fresh tmpfs; the points of mounts below it are made in it, and `read_only` closes it
+after them. `mounts`, `cwd`, `uid`, `gid`, `tmp` (a fresh tmpfs on /tmp, default false) and `read_only` (the root itself, default
 true: a guest must not change content that is named by its hash) may be left out. /proc, /sys (read-only) and /dev are
 the host's. `enter` forks nothing: the process id stays, and every mount ends with the last process of the namespace,
 however it dies.
@@ -131,6 +132,9 @@ def enter(spec_path: str) -> None:
     system.bind(root, root, ATTR_NOSUID | (ATTR_READ_ONLY if spec["read_only"] else 0))
     for mount in mounts:
         _mount(system, root, mount)
+    for mount in mounts:
+        if mount["source"] is None and mount["read_only"]:  # only now: it held the points of other mounts
+            system.set_attributes(root + mount["target"], ATTR_READ_ONLY | ATTR_NOSUID)
     os.chroot(root)
     os.chdir(spec["cwd"])
     _become(spec["uid"], spec["gid"])
@@ -246,9 +250,9 @@ class _System:
             os.fsencode(source), os.fsencode(point), None, self._flags(MS_BIND | MS_REC), None
         )
         self._call(f"mount {source} at {point}", result)
-        self._set_attributes(point, attributes)
+        self.set_attributes(point, attributes)
 
-    def _set_attributes(self, point: str, attributes: int) -> None:
+    def set_attributes(self, point: str, attributes: int) -> None:
         """Applies to what is mounted below as well, which a remount would leave writable."""
         wanted = (self._ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
         number, here, recursive, size = (

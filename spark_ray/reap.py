@@ -1,30 +1,44 @@
 """What earlier deaths left behind, found by label and folder, and removed: only that, and only of runs nobody drives.
 
 A guest ends with its host side by itself. What can remain is a stopped container, a guest that was itself stopped
-(SIGSTOP) when its host died, and the file that held a page-cache fill.
+(SIGSTOP) when its host died, the file that held a page-cache fill, a container that only tried flags, and a half-made
+tree or model in the cache. No mount and no cgroup remains: mounts live in the namespace of the process that made them,
+and Docker removes a container's group with it (a `cgroup_parent` was named by the user, and is the user's).
+
+`stale` is another matter: trees and images that work, but were made from an environment that is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import image
+from . import image, rootfs
 from .environments import RUN_VARIABLE
 from .environments.docker import LABEL_RUN, LABEL_TRIAL
+from .errors import SparkRayError
+
+LABEL_PURPOSE = "spark_ray.purpose"
+
+
+PROBE_AGE_S = 600  # a container that tries flags lives for seconds
+EXTRACT_AGE_S = 24 * 3600  # one that is being unpacked lives as long as its image is large
 
 
 @dataclass(frozen=True)
 class Leftover:
-    kind: str  # container, process, fill file
-    name: str  # container id, process number, path
-    run: str  # the run folder it belongs to
+    kind: str  # container, process, fill file, unfinished, tree, image
+    name: str  # container id, process number, path, image reference
+    run: str  # the run folder it belongs to; "" for what belongs to none
     what: str  # for people
 
 
@@ -94,13 +108,108 @@ def _containers(client: Any | None) -> Iterator[Leftover]:
         )
 
 
-def remove(one: Leftover, docker_client: Any | None) -> None:
-    """Remove one leftover. That it is gone already is success."""
+def of_no_run(cache: Path, client: Any | None) -> list[Leftover]:
+    """What died while it was made: trees and models in the cache, containers that tried flags or held an image."""
+    return [*_unfinished(cache), *_helpers(client)]
+
+
+def _unfinished(cache: Path) -> Iterator[Leftover]:
+    for path in sorted(cache.glob("models/*.part-*")):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            yield Leftover("unfinished", str(path), "", f"a model that process {pid} did not finish")
+    for path in sorted(cache.glob("rootfs/.tree.*")):
+        if path.is_dir() and not _is_locked(path):
+            yield Leftover("unfinished", str(path), "", "a tree whose maker died")
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether the process that makes this tree lives: see `rootfs.in_the_making`."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return True  # finished meanwhile
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return time.time() - folder.stat().st_mtime < 1  # made this moment: its maker is about to lock it
+
+
+def _helpers(client: Any | None) -> Iterator[Leftover]:
+    if client is None:
+        return
+    for container in client.api.containers(all=True, filters={"label": LABEL_PURPOSE}):
+        purpose = container["Labels"][LABEL_PURPOSE]
+        age_s = time.time() - container["Created"]
+        if age_s > (EXTRACT_AGE_S if purpose == "extract" else PROBE_AGE_S):
+            yield Leftover("container", container["Id"], "", f"{purpose}, {container['Status']}")
+
+
+def stale(cache: Path, client: Any | None) -> list[Leftover]:
+    """Host trees in the cache, and their images, made from an environment that no longer exists here.
+
+    A driven run cannot need one: it runs from its own environment, which exists.
+    """
+    found = [*_stale_images(client)] if client is not None else []
+    for note in sorted((cache / "rootfs").glob("*.json")):
+        tree = note.with_suffix("")
+        if note.name.startswith("key-") or not tree.is_dir():
+            continue
+        try:
+            gone = [mount.source for mount in rootfs.load(tree).mounts if not Path(mount.source).exists()]
+        except SparkRayError:
+            continue  # not one of ours, or one that `rootfs` refuses in its own words
+        if gone:
+            found.append(Leftover("tree", str(tree), "", f"{gone[0]} is gone"))
+    return found
+
+
+def _stale_images(client: Any) -> Iterator[Leftover]:
+    """A host image's PATH begins with the folder of the interpreter that it was made from."""
+    for reference, folder in image.ours(client):
+        if folder and not Path(folder).exists():
+            yield Leftover("image", reference, "", f"{folder} is gone")
+
+
+def remove(one: Leftover, docker_client: Any | None) -> str | None:
+    """Remove one leftover; why it stays, if it does. That it is gone already is success."""
     match one.kind:
         case "process":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(one.name), signal.SIGKILL)
         case "container":
             image.remove_container(docker_client, one.name)
+        case "image":
+            return image.remove_image(docker_client, one.name)
+        case "tree" | "unfinished":
+            return _remove_tree(Path(one.name), described=one.kind == "tree")
         case _:
             Path(one.name).unlink(missing_ok=True)
+    return None
+
+
+def _remove_tree(tree: Path, *, described: bool) -> str | None:
+    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    if inside := [place for place in mounted if Path(place).is_relative_to(tree)]:
+        return f"something is mounted at {inside[0]}"
+    try:
+        if described:
+            for note in (rootfs.sidecar(tree), *_keys_of(tree)):
+                note.unlink(missing_ok=True)
+        shutil.rmtree(tree)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _keys_of(tree: Path) -> Iterator[Path]:
+    """The cache's notes that lead to this tree."""
+    for note in tree.parent.glob("key-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(note.read_text()).get("tree") == tree.name:
+                yield note

@@ -10,6 +10,7 @@ container; every tree here carries those in one fixed form, so the same content 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -144,31 +145,52 @@ def content_sha256(folder: Path) -> str:
     return total.hexdigest()
 
 
+def folders_below(start: str) -> Iterator[tuple[str, list[str]]]:
+    """A folder and each below it, with the names of its files; no link is followed, compiled Python left out.
+
+    os.walk's nested generators take three times as long over a big environment, and every start waits for this.
+    """
+    pending = [start]
+    while pending:
+        place, files = pending.pop(), []
+        try:
+            entries = os.scandir(place)
+        except OSError:  # gone meanwhile, or not ours to read
+            continue
+        with entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    files.append(entry.name)
+                elif entry.name != "__pycache__":
+                    pending.append(entry.path)
+        yield place, files
+
+
 def bound_sha256(mounts: Iterable[Mount]) -> str:
     """A cheap identity of what is bound: the interpreter, and every installed package's list of files and hashes."""
     total = hashlib.sha256(sys.version.encode())
     records = set()
     for mount in mounts:
-        for place, names, files in os.walk(mount.source):
-            folder = Path(place)
-            if folder.suffix == ".dist-info":
-                names.clear()
-                if "RECORD" in files:
-                    content = (folder / "RECORD").read_bytes()
-                    records.add(f"{folder.name} {hashlib.sha256(content).hexdigest()}\n")
+        for place, files in folders_below(mount.source):
+            if place.endswith(".dist-info") and "RECORD" in files:
+                content = Path(place, "RECORD").read_bytes()
+                records.add(f"{Path(place).name} {hashlib.sha256(content).hexdigest()}\n")
     total.update("".join(sorted(records)).encode())
     return total.hexdigest()
 
 
 @contextmanager
 def in_the_making(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, gone if making fails."""
+    """A temporary folder beside `folder`, gone if making fails; locked while its maker lives, for `reap` to see."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    lock = os.open(making, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         making.chmod(0o755)
         yield making
     finally:
+        os.close(lock)
         shutil.rmtree(making, ignore_errors=True)
 
 
@@ -200,6 +222,13 @@ def build_host(cache_dir: Path) -> Rootfs:
     from .rootfs_host import build
 
     return build(cache_dir)
+
+
+def host_mounts() -> tuple[Mount, ...]:
+    """What `build_host` binds: the folders that the running interpreter imports from."""
+    from .rootfs_host import mounts
+
+    return mounts()
 
 
 def extract(client: Any, image: str, folder: Path, progress: Callable[[int], None] | None = None) -> Rootfs:

@@ -31,6 +31,7 @@ from .rootfs import (
     Rootfs,
     content_sha256,
     finish,
+    folders_below,
     in_the_making,
     load,
     save,
@@ -84,6 +85,11 @@ def build(cache_dir: Path) -> Rootfs:
     return rootfs
 
 
+def mounts() -> tuple[Mount, ...]:
+    """What a tree of the running interpreter has bound into it."""
+    return tuple(Mount(str(folder), str(folder)) for folder in _bound())
+
+
 def _bound() -> list[Path]:
     """Folders the interpreter imports from, outermost only, by their real path."""
     users = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
@@ -101,10 +107,9 @@ def _shared_objects(bound: list[Path]) -> Iterator[str]:
     """The interpreter and every shared object in the bound folders."""
     yield os.path.realpath(sys.executable)
     for start in bound:
-        for folder, names, files in os.walk(start):
-            names.sort()
-            paths = (f"{folder}/{name}" for name in sorted(files) if ".so" in name)
-            yield from (path for path in paths if _is_elf(path))
+        below = folders_below(str(start))
+        paths = sorted(f"{folder}/{name}" for folder, files in below for name in files if ".so" in name)
+        yield from (path for path in paths if _is_elf(path))
 
 
 def _is_elf(path: str) -> bool:

@@ -3,7 +3,7 @@
 One attempt of one trial is one folder, `trials/<block>.<arm>/<attempt>/`; its `record.json` present means that the
 attempt is over. An attempt number counts executions of the *block*: attempt 2 of any arm belongs to the second
 execution of its block. The block's outcome is that of its first execution in which every arm has a record and none
-was disturbed; all other attempts are superseded. Nothing here is ever rewritten.
+was disturbed; other attempts are open until there is one, superseded from then on. Nothing here is ever rewritten.
 
 One driver at a time: the folder is locked while a driver lives. Readers need no lock.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from . import guestfiles
 from .errors import RunError, cannot_write
 from .outcome import VOID
 from .plan import Block
@@ -29,32 +30,30 @@ from .worker import protocol
 
 RECORD_VERSION = 1
 RECORD = "record.json"
+MOST_RECORD_BYTES = 64 << 20  # result and observations are 16 MiB each at most, and JSON may escape bytes
+PLAN = "plan.json"  # written last by create: it makes a folder a run
+LOCK = "run.lock"
+MAKING = ".making"  # first in a new folder, and gone when it is a run
 
 
 def write_durably(path: Path, data: Any) -> None:
     """JSON by rename, with file and folder synced: after this returns, a power cut does not lose it."""
-    temporary = path.with_name(path.name + ".part")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(data, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        guestfiles.write(path, json.dumps(data, allow_nan=False) + "\n", durable=True)
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise cannot_write(error) from error
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """A whole record of this version, or None: a torn one is the same as none, its attempt did not end."""
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record: Any = json.loads(guestfiles.read(path, MOST_RECORD_BYTES).decode())
+    except (OSError, ValueError, RecursionError):
         return None
     outcome = record.get("outcome") if isinstance(record, dict) else None
     if not isinstance(outcome, dict) or not isinstance(outcome.get("kind"), str) or "trial_id" not in record:
@@ -95,15 +94,16 @@ class Store:
         cls, folder: Path, files: dict[str, str], plan: dict[str, Any], worker: Path | None = None
     ) -> Store:
         """A new run: `files` verbatim, `worker` as the bundle; `plan` (plan.json) is written last and makes it a run."""
-        if (folder / "run.lock").exists():
+        if (folder / LOCK).exists():
             cls._take_lock(folder).close()  # if it is being driven now, that is what to say
-        if folder.exists() and any(folder.iterdir()):
-            raise RunError(
-                f"{folder} is not empty",
-                mend="continue that run with --resume, or choose another folder with --out",
-            )
+        cls._require_vacant(folder)
+        store = cls(folder, None)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / MAKING).touch()
+            store._lock = cls._take_lock(folder)  # from here on nobody else makes or clears it
+            cls._require_vacant(folder)
+            _clear(folder)
             for name in ("trials", "blocks", "samples"):
                 (folder / name).mkdir()
             for name, text in files.items():
@@ -111,16 +111,30 @@ class Store:
             if worker is not None:
                 copy_bundle(worker, folder / "bundle" / protocol.PACKAGE)
         except OSError as error:
+            store.close()
             raise RunError(
                 f"cannot create {error.filename or folder}: {error.strerror}", mend="choose another --out"
             ) from error
-        store = cls(folder, cls._take_lock(folder))
-        write_durably(folder / "plan.json", plan)
+        write_durably(folder / PLAN, plan)
+        (folder / MAKING).unlink()
         return store
 
     @classmethod
+    def _require_vacant(cls, folder: Path) -> None:
+        if folder.exists() and any(folder.iterdir()) and not cls.was_torn(folder):
+            raise RunError(
+                f"{folder} is not empty",
+                mend="continue that run with --resume, or choose another folder with --out",
+            )
+
+    @staticmethod
+    def was_torn(folder: Path) -> bool:
+        """Whether whoever made this folder died before it was a run: nothing has been measured in it."""
+        return (folder / MAKING).exists() and not (folder / PLAN).exists()
+
+    @classmethod
     def read(cls, folder: Path) -> Store:
-        if not (folder / "plan.json").is_file():
+        if not (folder / PLAN).is_file():
             why = "it has no plan.json" if folder.is_dir() else "there is no such folder"
             raise RunError(f"{folder} is not a run: {why}", mend="name a folder that sweep has made")
         return cls(folder, None)
@@ -133,7 +147,7 @@ class Store:
 
     @staticmethod
     def _take_lock(folder: Path) -> IO[str]:
-        stream = (folder / "run.lock").open("a+", encoding="utf-8")
+        stream = (folder / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -157,7 +171,7 @@ class Store:
 
     @property
     def plan(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        data: dict[str, Any] = json.loads((self.folder / PLAN).read_text(encoding="utf-8"))
         return data
 
     @property
@@ -208,14 +222,18 @@ class Store:
         return BlockState(block, attempts, None, outcomes)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every record, in block order, each with `superseded` added: true when its block's outcome is another's."""
+        """Every record, in block order, each with its `standing` added.
+
+        counts: its block is complete, and this is the execution that says so. open: the latest execution of a block
+        that is not complete yet. superseded: another execution of its block counts, or was begun since.
+        """
         for block in self.blocks():
             state = self.state(block)
             for attempt in range(1, state.attempts + 1):
                 for arm in block.order:
                     record = read_record(self.attempt_folder(block.trial_id(arm), attempt) / RECORD)
                     if record is not None:
-                        yield record | {"superseded": attempt != state.valid}
+                        yield record | {"standing": _standing(state, attempt)}
 
     def capacities(self, state: BlockState, arms: Sequence[str]) -> dict[str, int | None]:
         """KV bytes by arm of a complete block; None for an arm whose answer is that it does not fit."""
@@ -229,6 +247,23 @@ class Store:
                 record["result"]["measurements"]["kv_cache"]["bytes"] if record is not None and ok else None
             )
         return found
+
+
+def _standing(state: BlockState, attempt: int) -> str:
+    if attempt != (state.valid or state.attempts):
+        return "superseded"
+    return "counts" if state.complete else "open"
+
+
+def _clear(folder: Path) -> None:
+    """Take away what a driver that died while it made this folder had put into it."""
+    for path in folder.iterdir():
+        if path.name in {MAKING, LOCK}:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def copy_bundle(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -61,12 +61,12 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
         else []
     )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for arm in plan.arms:
         for warning in arm.warnings:
-            console.print(f"[yellow]warning     {arm.name}: {warning}[/yellow]", soft_wrap=True)
+            console.print(f"warning     {arm.name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for problem in plan.problems:
-        console.print(f"[red]missing     {problem}[/red]", soft_wrap=True)
+        console.print(f"missing     {problem}", style="red", soft_wrap=True, markup=False)
 
 
 class Terminal:
@@ -141,9 +141,8 @@ class Terminal:
         detail = "" if outcome["kind"] == "ok" else f"  {outcome['reason']}: {outcome['message']}"
         self._say(f"{block.block_id} {arm}: {outcome['kind']}{detail}")
         if self._live is not None and outcome["kind"] not in _COLOURS:
-            self._console.print(
-                f"[red]{block.block_id} {arm}: {outcome['kind']}[/red]{detail}", soft_wrap=True
-            )
+            failed = Text.assemble((f"{block.block_id} {arm}: {outcome['kind']}", "red"), detail)
+            self._console.print(failed, soft_wrap=True)
 
     def block_ended(self, state: BlockState, divergence: float | None) -> None:
         words = configuration_words(state.block.configuration)
@@ -151,8 +150,14 @@ class Terminal:
             if divergence is not None and (self._best is None or abs(divergence) > abs(self._best[0])):
                 self._best = (divergence, words)
         self._progress.advance(self._task)
-        shown = "no capacity in a compared arm" if divergence is None else f"divergence {divergence:+.1%}"
-        self._say(f"{state.block.block_id} done: {shown}  ({words})")
+        self._say(f"{state.block.block_id} {_block_end(state, divergence)}  ({words})")
+
+
+def _block_end(state: BlockState, divergence: float | None) -> str:
+    if divergence is not None:
+        return f"done: divergence {divergence:+.1%}"
+    bad = ", ".join(f"{arm} {end['kind']}" for arm, end in state.outcomes.items() if end["kind"] != "ok")
+    return f"{'done' if state.complete else 'given up'}: no contrast, {bad}"
 
 
 def configuration_words(configuration: Mapping[str, int | float]) -> str:
@@ -164,31 +169,91 @@ def configuration_words(configuration: Mapping[str, int | float]) -> str:
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], report: str | None) -> None:
-    """The table at the end: capacity by arm, the contrast, what was not ok."""
+    """The table at the end: capacity by arm, the contrast with the baseline, what was not ok."""
+    baseline = summary["baseline"]
+    contrasts = {each["arm"]: each["contrast"]["mean"] for each in summary["contrasts"]}
     table = Table(title=f"{summary['name']}: KV cache by arm", title_justify="left", box=None, pad_edge=False)
-    for heading in ("arm", "ok", "no capacity", "failed", "median KV", "peak memory"):
+    for heading in ("arm", "ok", "no capacity", "failed", "median KV", "peak memory", "contrast"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in summary["arms"]:
-        kv, peak = arm["median_kv_cache_bytes"], arm["median_peak_memory_bytes"]
+        kv, peak, mean = (
+            arm["median_kv_cache_bytes"],
+            arm["median_peak_memory_bytes"],
+            contrasts.get(arm["arm"]),
+        )
+        contrast = "-" if mean is None else f"{mean:+.1%}"
         table.add_row(
             arm["arm"], str(arm["ok"]), str(arm["no_capacity"]), str(arm["failed"]),
             format_bytes(kv) if kv is not None else "-", format_bytes(peak) if peak is not None else "-",
+            "baseline" if arm["arm"] == baseline else contrast,
         )  # fmt: skip
     console.print(table)
-    console.print(summary["verdict"], style="bold", soft_wrap=True, highlight=False)
+    console.print(
+        f"contrast: 1 - KV(arm) / KV({baseline}), mean over blocks; + is less KV cache than {baseline}",
+        style="dim", soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+    lines = (
+        not console.is_terminal
+    )  # sentences: wrapped between words for a person, whole lines for a program
+    console.print(summary["verdict"], style="bold", soft_wrap=lines, highlight=False, markup=False)
     if report:
-        console.print(f"report  {report}", soft_wrap=True, highlight=False)
+        console.print(f"report  {report}", soft_wrap=True, highlight=False, markup=False)
+
+
+def show_standing(console: Console, found: Mapping[str, Mapping[str, Any]], *, whole: bool) -> None:
+    """Where runs stand, one line each; `whole`: the one run in full."""
+    for name, run in found.items():
+        outcomes = ", ".join(f"{count} {kind}" for kind, count in run["outcomes"].items()) or "no trial yet"
+        lines = [f"{run['complete']} of {run['blocks']} blocks complete; {outcomes}"]
+        lines[0] += (
+            f"; {run['superseded_attempts']} superseded attempts" if run["superseded_attempts"] else ""
+        )
+        lines[0] += "; being driven now" if run["driven"] else ""
+        if whole:
+            lines += [
+                f"  open: {block['block_id']} ({configuration_words(block['configuration'])}), "
+                f"execution {block['execution']}, {block['arms_done']} of {block['arms']} arms done"
+                for block in run["open"]
+            ]
+        else:
+            lines[0] = f"{name}: {lines[0]}"
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def show_overview(console: Console, rows: Sequence[Mapping[str, Any]], page: str) -> None:
+    """Each run of a folder with its verdict."""
+    for row in rows:
+        done = f"{row['blocks']['complete']} of {row['blocks']['wanted']} blocks"
+        failed = f", {row['failed']} trials failed" if row["failed"] else ""
+        console.print(
+            Text.assemble("\n", (row["run"], "bold"), f"  {done}{failed}\n{row['verdict']}"),
+            soft_wrap=not console.is_terminal,
+        )
+    console.print(f"\nreports  {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def show_checks(console: Console, checks: list[dict[str, str]]) -> None:
-    """The doctor's findings, worst visible at a glance."""
+    """The doctor's findings, worst visible at a glance, and what they come to."""
     table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
+    table.add_column(no_wrap=True)
+    name_width = min(30, max((len(check["name"]) for check in checks), default=0))
+    table.add_column(overflow="fold", width=name_width)
+    table.add_column(overflow="fold", ratio=1)
     colours = {"ok": "green", "warn": "yellow", "missing": "red"}
     for check in checks:
         mend = f"\nmend: {check['mend']}" if check["mend"] and check["status"] != "ok" else ""
         table.add_row(
-            Text(check["status"], style=colours[check["status"]]), check["name"], Text(check["found"] + mend)
+            Text(check["status"], style=colours[check["status"]]),
+            Text(check["name"]),
+            Text(check["found"] + mend),
         )
     console.print(table)
+    by_status = {
+        status: [c["name"] for c in checks if c["status"] == status] for status in ("missing", "warn")
+    }
+    missing = ", ".join(by_status["missing"])
+    said = f"required and missing: {missing}" if missing else "nothing that is required is missing"
+    warnings = len(by_status["warn"])
+    said += f"; {warnings} warning{'' if warnings == 1 else 's'}"
+    console.print(f"\n{said}", style="bold", markup=False, soft_wrap=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-TIERS = ("process", "root", "docker", "ray", "embedded", "browser")
+TIERS = ("docs", "process", "root", "docker", "ray", "embedded", "browser", "gpu")
+_LIBRARIES = {"embedded": ("torch", "transformers"), "docs": ("sphinx", "myst_parser", "furo", "sphinx_click")}
 
 
 def _lack_of(tier: str) -> str | None:
@@ -28,9 +29,13 @@ def _lack_of(tier: str) -> str | None:
         except UnavailableError as error:
             return error.message
         return None
-    if tier == "embedded":
-        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-        return f"{' and '.join(missing)} not installed: pip install -e '.[embedded]'" if missing else None
+    if tier in _LIBRARIES:
+        missing = [name for name in _LIBRARIES[tier] if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(missing)} not installed: pip install -e '.[{tier}]'" if missing else None
+    if tier == "gpu":
+        from spark_ray import driver
+
+        return None if driver.find() else "no NVIDIA driver"
     if tier == "browser":
         return None if shutil.which("chromium") or shutil.which("chromium-browser") else "no chromium"
     return None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import audit, contrasts, fingerprint, frames, report
+from analysis import audit, contrasts, fingerprint, frames, reading, report
 from spark_ray.plan import make_block
 from spark_ray.store import RECORD, Store, write_durably
 from spark_ray.units import GIB, MIB
@@ -138,7 +138,7 @@ ONE_BLOCK = make_block(
 
 
 def table(*records):
-    return frames.trials([each | {"superseded": False} for each in records], {"b0000": 0})
+    return frames.trials([each | {"standing": "counts"} for each in records], {"b0000": 0})
 
 
 def test_a_row_says_what_the_record_says():
@@ -156,7 +156,7 @@ def test_a_row_says_what_the_record_says():
 
 def test_what_a_record_lacks_is_absent_and_never_zero():
     row = table({"trial_id": "x", "outcome": {"kind": "crashed"}}).iloc[0]
-    known = {"trial_id", "outcome", "superseded", "fake", "simulated", "treatment", "setup"}
+    known = {"trial_id", "outcome", "standing", "fake", "simulated", "treatment", "setup"}
     assert [name for name in row.index if name not in known and not pd.isna(row[name])] == []
 
 
@@ -165,14 +165,14 @@ def test_no_records_make_a_table_with_the_same_columns():
 
 
 def test_phases_have_both_sides_and_no_tree_before_the_worker_lives():
-    rows = frames.phases([record(ONE_BLOCK, "full") | {"superseded": False}])
+    rows = frames.phases([record(ONE_BLOCK, "full") | {"standing": "counts"}])
     assert rows.groupby("side").size().to_dict() == {"inside": 3, "outside": 4}
     assert pd.isna(rows[rows["phase"] == "before_launch"]["tree_pss_bytes"].iloc[0])
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "12", None, 2**63, float("nan"), [], {}])
 def test_no_count(value):
-    assert frames.count(value) is None
+    assert reading.count(value) is None
 
 
 @pytest.mark.parametrize(
@@ -229,14 +229,14 @@ _PATHS = list(_paths(record(ONE_BLOCK, "full")))
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(_PATHS), _ODD), min_size=1, max_size=4))
 def test_a_record_with_odd_parts_gives_absent_values_not_a_traceback(changes):
-    odd = copy.deepcopy(record(ONE_BLOCK, "full")) | {"superseded": False}
+    odd = copy.deepcopy(record(ONE_BLOCK, "full")) | {"standing": "counts"}
     for path, value in changes:
         place = odd
         for key in path[:-1]:
             place = place[key] if _has(place, key) else {}
         if isinstance(place, dict) or _has(place, path[-1]):
             place[path[-1]] = value
-    records = [record(ONE_BLOCK, "empty") | {"superseded": False}, odd]
+    records = [record(ONE_BLOCK, "empty") | {"standing": "counts"}, odd]
     trials, phases = frames.trials(records, {"b0000": 0}), frames.phases(records)
     assert len(trials) == 2
     assert "side" in phases
@@ -257,3 +257,44 @@ def test_parquet_can_be_read_back(tmp_path):
     assert trials["kv_cache_bytes"].dtype == "Int64"
     assert len(pd.read_parquet(folder / "phases.parquet")) == 8 * 7
     assert len(pd.read_parquet(folder / "samples" / "b0000.full-1.parquet")) == 40
+
+
+# ---- GPUs -------------------------------------------------------------------------------------------------
+
+
+def gpu_seen(phase, **device):
+    base = {"device": 0, "memory_used_bytes": 5, "temperature_celsius": 40, "power_w": 80.0, "energy_j": 100.0,
+            "sm_clock_mhz": 1980, "throttle_reasons": ["idle"], "processes": []}  # fmt: skip
+    return {"phase": phase, "gpus": [base | device]}
+
+
+def with_gpu(*observations):
+    found = record(ONE_BLOCK, "full")
+    return found | {"host": found["host"] | {"observations": list(observations)}}
+
+
+def test_gpu_columns_are_of_the_worker_alone_and_absent_where_nobody_answers():
+    row = table(
+        with_gpu(
+            gpu_seen("before_launch", processes=[{"pid": 9}]),
+            gpu_seen("after_kv", memory_used_bytes=70, sm_clock_mhz=900, throttle_reasons=["sw_power_cap"], power_w=300.0),
+            gpu_seen("after_exit", energy_j=150.5, temperature_celsius=52, memory_used_bytes=6),
+        )
+    ).iloc[0]  # fmt: skip
+    assert row["gpu_memory_before_bytes"] == 5
+    assert row["gpu_peak_memory_bytes"] == 70
+    assert row["gpu_energy_j"] == 50.5
+    assert row["gpu_peak_temperature_celsius"] == 52
+    assert row["gpu_lowest_sm_clock_mhz"] == 900
+    assert row["gpu_throttle_reasons"] == "sw_power_cap"
+    assert row["gpu_processes_before"] == 1
+    silent = table(record(ONE_BLOCK, "full")).iloc[0]
+    assert silent[[name for name in silent.index if name.startswith("gpu_")]].isna().all()
+
+
+def test_a_device_that_does_not_answer_makes_the_sum_absent():
+    mute = gpu_seen("after_kv")
+    del mute["gpus"][0]["memory_used_bytes"]
+    row = table(with_gpu(gpu_seen("before_launch"), mute, gpu_seen("after_exit"))).iloc[0]
+    assert row.isna()["gpu_peak_memory_bytes"]
+    assert row["gpu_peak_power_w"] == 80.0

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from test_analysis_frames import OTHERS_MIB, compose, record, two_gib_of_cache
 
-from analysis import report, statistics, verdict
+from analysis import overview, report, statistics, verdict
 from spark_ray.units import GIB, MIB
 
 NAN_FREE = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
@@ -280,3 +280,59 @@ def test_the_command_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert report.main([]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_attempts_of_an_open_block_do_not_count_yet_and_are_not_superseded(tmp_path):
+    def records(block, arm):
+        if block.index < 3:
+            return two_gib_of_cache(block, arm)
+        return two_gib_of_cache(block, arm) if arm == block.order[0] else []
+
+    summary, page = written(compose(tmp_path / "run", records))
+    assert summary["blocks"]["complete"] == 3
+    assert [(arm["open"], arm["superseded"]) for arm in summary["arms"]].count((1, 0)) == 1
+    assert any("of blocks that are not complete yet" in each for each in sentences(summary))
+    assert "not yet: its block is open" in page
+    assert "superseded" not in page.split("<h2>Method")[0]
+
+
+def test_mixed_versions_are_a_reason_for_doubt(tmp_path):
+    def records(block, arm):
+        version = "0.1.0" if block.index < 2 else "0.2.0"
+        return [each | {"spark_ray_version": version} for each in two_gib_of_cache(block, arm)]
+
+    found = sentences(written(compose(tmp_path / "run", records))[0])
+    (sentence,) = [each for each in found if "mixed" in each]
+    assert "0.1.0 (4 attempts), 0.2.0 (4 attempts)" in sentence
+    assert found[sentence] == "doubt"
+
+
+def test_long_hashes_are_short_and_whole_in_their_title(tmp_path):
+    digits = "0123456789abcdef" * 4
+    evil = f'<b title="{digits}">'
+
+    def records(block, arm):
+        return [
+            each | {"content": {"image_id": f"sha256:{digits}"}, "outcome": each["outcome"] | {"kind": "engine_error", "message": evil}}
+            for each in two_gib_of_cache(block, arm)
+        ]  # fmt: skip
+
+    page = written(compose(tmp_path / "run", records))[1]
+    assert f'sha256:<span title="{digits}">{digits[:12]}…</span>' in page
+    assert f'&lt;b title=&#34;<span title="{digits}">{digits[:12]}…</span>&#34;&gt;' in page
+    assert f">{digits}<" not in page
+
+
+def test_a_folder_of_runs_is_one_page_that_links_the_reports(tmp_path):
+    runs = [compose(tmp_path / name, two_gib_of_cache) for name in ("one", "a <b> & c")]
+    rows = overview.write(tmp_path, runs)
+    page, parser = (tmp_path / "index.html").read_text(), _Links()
+    parser.feed(page)
+    assert parser.links == ["data:,", "one/report.html", "a%20%3Cb%3E%20%26%20c/report.html"]
+    assert rows[0]["verdict"] in page
+    assert (tmp_path / "one" / "report.html").is_file(), "a run without a report is reported first"
+    (tmp_path / "one" / "report.html").write_text("mine")
+    overview.write(tmp_path, runs)
+    assert (tmp_path / "one" / "report.html").read_text() == "mine"
+    overview.write(tmp_path, runs, again=True)
+    assert (tmp_path / "one" / "report.html").read_text() != "mine"

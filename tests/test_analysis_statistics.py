@@ -142,7 +142,8 @@ def test_an_arm_without_capacity_keeps_its_row():
     assert pd.isna(row["contrast"])
 
 
-def test_superseded_attempts_are_not_paired():
+@pytest.mark.parametrize("standing", ["superseded", "open"])
+def test_attempts_that_do_not_count_are_not_paired(standing):
     rows = table(record(ONE_BLOCK, "empty"), record(ONE_BLOCK, "full"))
-    rows["superseded"] = pd.array([True, True], dtype="boolean")
+    rows["standing"] = pd.array([standing, standing], dtype="string")
     assert contrasts.pairs(rows, ("empty", "full"), "empty").empty

@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spark_ray"
 LAYERS = [
-    {"worker"}, {"errors", "units"}, {"spec"}, {"experiment"}, {"privileged", "tether"}, {"rootact"},
+    {"worker"}, {"errors", "units", "guestfiles", "roots"}, {"nvml", "driver"}, {"spec"}, {"engines"}, {"experiment"}, {"privileged", "tether", "capabilities"}, {"rootact"},
     {"rootfs_host"}, {"rootfs"}, {"image"}, {"environments", "treatments"}, {"cluster"}, {"explain"}, {"config"}, {"plan"},
-    {"divergence", "outcome"}, {"store"}, {"host", "guest"}, {"content"}, {"launch", "reap"}, {"execute"}, {"actors", "search"},
-    {"preview"}, {"terminal", "opening"}, {"sweep", "doctor"}, {"cli"}, {"__main__"},
+    {"result"}, {"divergence", "outcome"}, {"record"}, {"store"}, {"host", "guest", "receive"}, {"content"}, {"launch", "reap", "digest"}, {"execute"}, {"actors", "search"},
+    {"preview"}, {"terminal", "opening"}, {"running", "completion"}, {"several"}, {"sweep", "doctor"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Pairs that know each other on purpose: the host build is a part of rootfs, split for size; an image is made from a
@@ -28,7 +28,7 @@ HOMES = {
     "torch": {"spark_ray/worker"},
     "transformers": {"spark_ray/worker"},
     "docker": {"spark_ray/image.py", "spark_ray/rootfs.py", "spark_ray/guest.py"},
-    "pynvml": {"spark_ray/host.py"},
+    "pynvml": {"spark_ray/nvml.py"},
 }
 FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])
 

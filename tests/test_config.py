@@ -228,7 +228,7 @@ def test_keys_and_names_are_text_whatever_they_look_like(load):
 # ---- --set ------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 2**31 - 1), st.integers(1, 2**31 - 1))
+@given(st.integers(1, 2**31 - 1), st.integers(1, 2**31 - 1).filter(lambda tokens: tokens != 128))
 def test_set_replaces_exactly_one_value(load, blocks, tokens):
     loaded = load(GOOD, f"search.blocks={blocks}", f"search.space.max_num_tokens.1= {tokens}")
     search = loaded.experiment.search
@@ -369,3 +369,15 @@ def test_defaults_in_the_schema_are_written_as_a_file_would():
             if "default" in field:
                 schema = field | {"$defs": json_schema()["$defs"]}
                 assert jsonschema.Draft202012Validator(schema).is_valid(field["default"]), field
+
+
+def test_a_required_key_that_is_misspelt_is_one_problem(tmp_path):
+    text = "name: t\nengine: {kind: fake}\nserach: {}\narms: {a: {enviroment: native}, b: {environment: native}}\n"
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_experiment(tmp_path / "x.yaml")
+    lines = [line.split(": ", 1)[1] for line in caught.value.message.splitlines()]
+    assert lines == [
+        "serach: unknown key; did you mean search?",
+        "arms.a.enviroment: unknown key; did you mean environment?",
+    ]

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -5,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from helpers import experiment, experiment_data, write_yaml
+from rich.console import Console
 
-from spark_ray import doctor, image
+from spark_ray import capabilities, doctor, image, nvml, rootact
+from spark_ray.errors import UnavailableError
 from spark_ray.experiment import Experiment
+from spark_ray.terminal import show_checks
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +29,10 @@ def run(*arguments, **options):
         check=False,
         **options,
     )
+
+
+def no_engine(timeout_s=60):  # noqa: ARG001
+    raise UnavailableError("no Docker engine answers", mend="start it")
 
 
 def test_an_experiment_is_asked_only_for_what_it_needs(tmp_path):
@@ -54,17 +62,39 @@ def test_a_missing_daemon_is_missing_with_a_mend_and_exit_3(tmp_path, monkeypatc
 
 @pytest.mark.docker
 def test_the_daemon_is_asked_for_each_flag_and_its_refusal_is_told():
-    client = image.connect()
-    found = by_name(doctor._docker(None))
+    client, said = image.connect(), []
+    found = by_name(doctor._docker(None, False, said.append))
     try:
         assert found["docker"].status == "ok"
         assert found["docker --memory 64m"].status == "ok"
-        assert len([name for name in found if name.startswith("docker --")]) == len(doctor.FLAGS)
-        for check in found.values():
-            assert (check.status == "ok") == (check.found == "works") or check.name == "docker"
+        flags = {flag: found[f"docker {flag}"] for flag in doctor.FLAGS}
+        for check in flags.values():
+            assert (check.status == "ok") == (check.found == "works")
+            assert check.status in {"ok", "warn"}
+            assert "OCI runtime" not in check.found, "without the layers it came through"
+        for flag, settings in doctor.FLAGS.items():
+            for name in capabilities.lacking(settings):
+                assert name in flags[flag].found
+                assert name in flags[flag].mend
+        assert any("rootfs" in each for each in said), "what takes a while is said"
         assert client.containers.list(all=True, filters={"label": "spark_ray.purpose=probe"}) == []
     finally:
         client.close()
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize(("required", "code"), [(True, 3), (False, 0)])
+def test_an_experiment_is_asked_only_for_the_flags_it_uses(tmp_path, required, code):
+    data = experiment_data(arms=("native", "native", "docker"))
+    data["arms"]["c"] |= {"environment": {"kind": "docker", "cpuset_cpus": "4000"}, "required": required}
+    done = run(write_yaml(tmp_path, data), "--json")
+    assert done.returncode == code, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert not [name for name in checks if name.startswith("docker --")]
+    assert checks["arm a"]["status"] == "ok"
+    assert checks["arm c"]["status"] == ("missing" if required else "warn")
+    assert "refuses cpuset_cpus" in checks["arm c"]["found"]
+    assert checks["arm c"]["mend"]
 
 
 @pytest.mark.docker
@@ -83,7 +113,110 @@ def test_a_broken_model_folder_is_missing(tmp_path):
     assert found["model"].status == "missing"
 
 
-def test_no_gpu_is_a_warning_not_an_error(tmp_path):
-    gpu = [check for check in doctor.checks(experiment(), tmp_path) if check.name.startswith("gpu")]
-    assert gpu
-    assert all(check.status in {"ok", "warn"} for check in gpu)
+@pytest.mark.parametrize(
+    ("changes", "arm", "statuses"),
+    [
+        ({}, {}, set()),
+        ({"engine": {"kind": "embedded", "device": "cpu"}, "model": {"random_llama": {}}}, {}, set()),
+        ({"engine": {"kind": "embedded", "device": "cuda"}, "model": {"random_llama": {}}}, {}, {"missing"}),
+        ({}, {"environment": {"kind": "docker", "gpus": "all"}}, {"missing"}),
+    ],
+)
+def test_a_gpu_is_asked_for_where_one_is_needed(tmp_path, monkeypatch, changes, arm, statuses):
+    monkeypatch.setattr(nvml, "fields", lambda: "no NVIDIA driver answers: absent")
+    monkeypatch.setattr(image, "connect", no_engine)
+    data = experiment_data() | changes
+    data["arms"]["a"] |= arm
+    checks = doctor.checks(Experiment.model_validate(data), tmp_path)
+    assert {check.status for check in checks if check.name.startswith("gpu")} == statuses
+
+
+def test_without_an_experiment_no_gpu_no_root_and_no_docker_are_warnings(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvml, "fields", lambda: "no NVIDIA driver answers: absent")
+    monkeypatch.setattr(rootact.RootActs, "available", lambda self: (False, "sudo asks for a password"))  # noqa: ARG005
+    monkeypatch.setattr(image, "connect", no_engine)
+    found = by_name(doctor.checks(None, tmp_path))
+    assert [found[name].status for name in ("gpu", "root acts", "docker")] == ["warn"] * 3
+
+
+def test_cgroup_controllers_are_read_in_both_versions(tmp_path):
+    proc, top = tmp_path / "proc", tmp_path / "top"
+    proc.mkdir()
+    top.mkdir()
+    rows = [
+        "#subsys_name\thierarchy\tnum_cgroups\tenabled",
+        "cpuset\t4\t9\t1",
+        "memory\t0\t9\t0",
+        "pids\t7\t9\t1",
+    ]
+    (proc / "cgroups").write_text("\n".join(rows) + "\n")
+    (top / "cgroup.controllers").write_text("cpuset cpu memory pids\n")
+    assert doctor.cgroup_controllers(1, proc, top) == {"cpuset", "pids"}
+    assert doctor.cgroup_controllers(2, proc, top) == {"cpuset", "cpu", "memory", "pids"}
+    assert doctor.cgroup_controllers(2, proc, tmp_path / "none") == set()
+
+
+def test_a_kernel_without_the_memory_controller_is_warned_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "cgroup_controllers", lambda version: {"cpuset"})  # noqa: ARG005
+    check = by_name(doctor.checks(experiment(), tmp_path))["cgroup controllers"]
+    assert check.status == "warn"
+    assert "not memory" in check.found
+    assert "cgroup_enable=memory" in check.mend
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_fits_a_terminal(width):
+    checks = [
+        {"name": "docker --cap-add SYS_RESOURCE", "status": "warn", "found": "no " * 60, "mend": "do " * 60},
+        {"name": "gpu", "status": "missing", "found": "[none]", "mend": "pip install '.[embedded]'"},
+    ]
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    show_checks(console, checks)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("docker --cap-add SYS_RESOURCE" in line for line in lines), "names are whole"
+    assert "mend: pip install '.[embedded]'" in console.file.getvalue()
+    assert lines[-1] == "required and missing: gpu; 1 warning"
+
+
+# ---- why a daemon refuses -----------------------------------------------------------------------------------
+
+
+def bounds_without(*names):
+    return (1 << len(capabilities.NAMES)) - 1 - sum(1 << capabilities.NAMES.index(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacks"),
+    [
+        ({}, []),
+        ({"ulimits": {"memlock": -1}}, ["CAP_SYS_RESOURCE"]),
+        ({"cap_add": ["SYS_RESOURCE"]}, ["CAP_SYS_RESOURCE"]),
+        ({"cap_add": ["CAP_IPC_LOCK"]}, []),
+        ({"cap_add": ["ALL"]}, ["CAP_SYS_MODULE", "CAP_SYS_RESOURCE"]),
+        ({"privileged": True}, ["CAP_SYS_MODULE", "CAP_SYS_RESOURCE"]),
+    ],
+)
+def test_the_capability_that_is_missing_is_named(settings, lacks):
+    assert capabilities.lacking(settings, bounds_without("SYS_RESOURCE", "SYS_MODULE")) == lacks
+    assert capabilities.lacking(settings, bounds_without()) == []
+
+
+def test_the_bounding_set_is_the_daemons_where_it_can_be_seen(tmp_path):
+    for process, bits in (("12", "00000000000000ff"), ("self", "0000000000000001")):
+        (tmp_path / process).mkdir()
+        (tmp_path / process / "status").write_text(f"Name:\tx\nCapBnd:\t{bits}\n")
+    pid_file = tmp_path / "docker.pid"
+    assert capabilities.bounding_set(tmp_path, pid_file) == 1
+    pid_file.write_text("12")
+    assert capabilities.bounding_set(tmp_path, pid_file) == 255
+
+
+def test_a_refusal_loses_the_layers_it_came_through():
+    refusal = (
+        "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: "
+        "error during container init: error setting rlimits for ready process: operation not permitted: unknown"
+    )
+    words, mend = capabilities.explain(refusal, {"shm_size": 1})
+    assert words == "error setting rlimits for ready process: operation not permitted"
+    assert mend

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spark_ray.experiment import Experiment, FakeEngine
+from spark_ray.engines import FakeEngine
+from spark_ray.experiment import Experiment
 from spark_ray.units import GIB, format_bytes, parse_duration_s, parse_size_bytes
 
 

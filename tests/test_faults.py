@@ -46,7 +46,7 @@ def assert_exactly_once(folder):
     states = [store.state(block) for block in store.blocks()]
     assert len(states) == BLOCKS
     assert all(state.complete for state in states)
-    counted = Counter(record["trial_id"] for record in store.records() if not record["superseded"])
+    counted = Counter(record["trial_id"] for record in store.records() if record["standing"] == "counts")
     assert set(counted.values()) == {1}
     assert study_states(folder)["RUNNING"] == 0
     assert study_states(folder)["COMPLETE"] == BLOCKS
@@ -97,7 +97,7 @@ def test_a_killed_guest_voids_its_block_only(tmp_path, environment):
     assert driver.returncode == 0, output
     assert "killed_from_outside" in output
     assert_exactly_once(folder)
-    assert any(record["superseded"] for record in Store.read(folder).records())
+    assert any(record["standing"] == "superseded" for record in Store.read(folder).records())
 
 
 def test_an_interrupt_keeps_everything_and_says_how_to_go_on(tmp_path):
@@ -172,7 +172,7 @@ def test_ray_and_local_write_the_same_records(tmp_path):
         done = sweep(path, tmp_path / name, *options)
         output = done.communicate(timeout=120)[0]
         assert done.returncode == 0, output
-        records = [r | {"superseded": 0} for r in Store.read(tmp_path / name).records()]
+        records = [r | {"standing": "counts"} for r in Store.read(tmp_path / name).records()]
         keys[name] = [shape(record) for record in records]
         assert [r["outcome"]["kind"] for r in records] == ["ok", "ok"]
         assert [r["configuration"] for r in records] == [records[0]["configuration"]] * 2

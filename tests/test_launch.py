@@ -254,6 +254,27 @@ def test_a_daemon_that_went_away_disturbs_and_does_not_answer_for_the_engine(ben
     assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "environment_gone")
 
 
+@pytest.mark.docker
+def test_a_daemon_that_goes_away_before_the_host_has_looked_disturbs(bench, monkeypatch):
+    """The worker ends well all the same; where it ran nobody can say, so it is neither believed nor called wrong."""
+    import requests
+
+    one = bench("docker")
+    inspect = one.runner._client.api.inspect_container
+    calls = []
+
+    def away_at_first(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise requests.exceptions.ConnectionError("the daemon is gone")
+        return inspect(*args, **options)
+
+    monkeypatch.setattr(one.runner._client.api, "inspect_container", away_at_first)
+    record = one.run()
+    assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "environment_gone")
+    assert record["result"] is not None
+
+
 def test_the_watchdog_ends_the_guest(bench):
     one = bench(hold="30s", limits={"watchdog": "4096GiB"})
     record = one.run()

@@ -40,7 +40,7 @@ def result(failure=None, **measurements):
         (Facts(None, exit_code=129), "disturbed", "host_side_gone"),
         (Facts(None, exit_code=None), "disturbed", "no_exit_status"),
         (Facts(None, start_error="no such flag"), "crashed", "start_refused"),
-        (Facts(None, start_lost="connection refused"), "disturbed", "environment_gone"),
+        (Facts(None, lost="connection refused"), "disturbed", "environment_gone"),
         (
             Facts(result(), exit_code=0, contradictions=("root is the host's",)),
             "wrong_environment",

@@ -1,5 +1,6 @@
 """What a death leaves is found and removed; what lives, or is not ours, is not touched."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 from helpers import experiment_data, guests_of, wait_until, write_yaml
 
-from spark_ray import image, reap
+from spark_ray import image, reap, rootfs
 from spark_ray.store import Store
 
 pytestmark = pytest.mark.process
@@ -94,3 +95,116 @@ def test_a_container_whose_guest_was_stopped_when_its_driver_died(tmp_path, clie
     assert "removed container" in done.stdout
     assert wait_until(lambda: not guests_of(folder), 10)
     assert reap.leftovers(folder, client) == []
+
+
+# ---- what belongs to no run, and what is out of date --------------------------------------------------------
+
+
+def reap_command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "spark_ray", "reap", *map(str, arguments)],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_what_died_while_it_was_made_goes_and_what_is_being_made_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARK_RAY_CACHE", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    gone, living = (tmp_path / "models" / f"random-llama-0.part-{pid}" for pid in (dead.pid, os.getpid()))
+    whole = tmp_path / "models" / "random-llama-0"
+    for folder in (gone, living, whole, tmp_path / "rootfs" / ".tree.dead"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("")
+        os.utime(folder, (0, 0))
+    with rootfs.in_the_making(tmp_path / "rootfs" / "tree") as making:
+        os.utime(making, (0, 0))
+        found = {one.name for one in reap.of_no_run(tmp_path, None)}
+        assert found == {str(gone), str(tmp_path / "rootfs" / ".tree.dead")}
+        assert "would remove unfinished" in reap_command("--dry-run")
+        assert gone.is_dir()
+        reap_command()
+        assert (gone.exists(), living.exists(), whole.exists(), making.exists()) == (False, True, True, True)
+    assert reap.of_no_run(tmp_path, None) == []
+
+
+def a_tree(cache, name, source):
+    tree = cache / "rootfs" / name
+    (tree / "etc").mkdir(parents=True)
+    rootfs.save(
+        rootfs.Rootfs(tree, "0" * 64, (rootfs.Mount(str(source), str(source)),), "python3", {}, (), "host")
+    )
+    (cache / "rootfs" / f"key-{name}.json").write_text(json.dumps({"tree": name, "sources": {}}))
+    return tree
+
+
+def test_a_tree_whose_environment_is_gone_is_stale_and_the_others_stay(tmp_path):
+    here = tmp_path / "venv"
+    here.mkdir()
+    kept, old = a_tree(tmp_path, "kept", here), a_tree(tmp_path, "old", tmp_path / "deleted")
+    (tmp_path / "rootfs" / "strange.json").write_text("{")
+    (tmp_path / "rootfs" / "strange").mkdir()
+    (one,) = reap.stale(tmp_path, None)
+    assert (one.kind, one.name) == ("tree", str(old))
+    assert reap.remove(one, None) is None
+    left = sorted(path.name for path in (tmp_path / "rootfs").iterdir())
+    assert left == ["kept", "kept.json", "key-kept.json", "strange", "strange.json"]
+    assert kept.is_dir()
+    assert reap.stale(tmp_path, None) == []
+
+
+@pytest.mark.root
+def test_a_tree_with_something_mounted_in_it_stays(tmp_path):
+    tree = a_tree(tmp_path, "old", tmp_path / "deleted")
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(tree / "etc")], check=True)
+    try:
+        (one,) = reap.stale(tmp_path, None)
+        assert "mounted at" in reap.remove(one, None)
+        assert tree.is_dir()
+    finally:
+        subprocess.run(["umount", str(tree / "etc")], check=True)
+
+
+@pytest.mark.docker
+def test_an_image_whose_environment_is_gone_goes_and_one_in_use_stays(tmp_path, client):
+    made = []
+    for place, folder in enumerate((tmp_path / "deleted" / "bin", tmp_path)):
+        tree = tmp_path / f"tree{place}"
+        (tree / "etc").mkdir(parents=True)
+        rootfs.finish(tree)
+        env = {"PATH": f"{folder}:/usr/bin"}
+        made.append(image.build(client, rootfs.Rootfs(tree, f"{os.getpid():064x}"[::-1][:63] + str(place), (), "python3", env, (), "host"), f"spark_ray/rootfs:test-{os.getpid()}-{place}"))  # fmt: skip
+    gone, kept = (each.reference for each in made)
+    container = client.api.create_container(made[0].id, command=["/none"])["Id"]
+    try:
+        stale = {one.name: one for one in reap.stale(tmp_path, client)}
+        assert gone in stale
+        assert kept not in stale
+        assert "container" in reap.remove(stale[gone], client), "the engine's own words: it is in use"
+        client.api.remove_container(container)
+        assert reap.remove(stale[gone], client) is None
+        assert reap.remove(stale[gone], client) is None, "gone already is success"
+        assert gone not in {one.name for one in reap.stale(tmp_path, client)}
+    finally:
+        for each in made:
+            image.remove_image(client, each.reference)
+
+
+@pytest.mark.docker
+def test_a_probe_container_left_behind_goes_when_it_is_old(tmp_path, client, monkeypatch):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    rootfs.finish(tree)
+    made = image.build(client, rootfs.Rootfs(tree, "e" * 64, (), "python3", {"PATH": "/bin"}, (), "host"), f"spark_ray/test:{os.getpid()}")  # fmt: skip
+    labels = {reap.LABEL_PURPOSE: "probe"}
+    container = client.api.create_container(made.id, command=["/none"], labels=labels)["Id"]
+    try:
+        assert container not in {one.name for one in reap.of_no_run(tmp_path, client)}, "it may be at work"
+        monkeypatch.setattr(reap, "PROBE_AGE_S", -1)
+        (one,) = [one for one in reap.of_no_run(tmp_path, client) if one.name == container]
+        assert reap.remove(one, client) is None
+        assert container not in {one.name for one in reap.of_no_run(tmp_path, client)}
+    finally:
+        image.remove_container(client, container)
+        image.remove_image(client, made.reference)

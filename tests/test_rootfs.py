@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spark_ray import content as contents
 from spark_ray import rootact, rootfs, rootfs_host
 from spark_ray.errors import InputError, UnavailableError
+from spark_ray.experiment import ChrootEnvironment, NativeEnvironment
 from spark_ray.rootfs import Mount, Rootfs, bound_sha256, content_sha256, load, save, unpack
 
 
@@ -397,3 +399,13 @@ def test_debootstrap_is_called_for_this_architecture(tmp_path, monkeypatch, work
     assert made.mounts == ()
     assert (made.path / "etc/arguments").read_text().startswith("--variant=minbase --arch=")
     assert load(made.path) == made
+
+
+def test_native_names_what_it_runs_on_as_the_tree_made_from_it_does(host):
+    """So that the fingerprint can tell that native, chroot and docker run the same packages."""
+    assert rootfs.host_mounts() == host.mounts
+    native, chroot = (
+        contents.prepare(spec, None)
+        for spec in (NativeEnvironment(kind="native"), ChrootEnvironment(kind="chroot"))
+    )
+    assert native.bound_sha256 == chroot.bound_sha256 == bound_sha256(host.mounts)

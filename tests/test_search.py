@@ -7,7 +7,7 @@ import pytest
 
 from spark_ray import experiment
 from spark_ray.errors import RunError, UnavailableError
-from spark_ray.search import Proposal, Search, design, problems
+from spark_ray.search import Abandoned, Proposal, Search, design, problems
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="the gp sampler needs torch"
@@ -231,7 +231,7 @@ def test_an_abandoned_block_is_not_asked_again(tmp_path):
     number = study.ask().study_trial
     study.abandon(number, "disturbed 3 times")
     study.tell(number, contrast=1.0, constraints=OK)
-    assert open_search(tmp_path).recover({}) == []
+    assert open_search(tmp_path).recover({number: Abandoned("a compared arm failed")}) == []
     assert study.ask().study_trial == 1
     assert states(tmp_path) == ["FAIL", "RUNNING"]
 

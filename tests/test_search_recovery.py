@@ -56,18 +56,82 @@ def test_recover_keeps_the_identity_of_blocks(tmp_path):
     study = open_search(tmp_path, search)
     asked = [study.ask() for _ in range(5)]
     study.tell(0, contrast=0.25, constraints=OK)
+    ended = {0: Told(0.25, OK), 2: Told(None, FULL), 3: Abandoned("disturbed")}
     for _ in range(3):  # killed again and again before anything is asked
         study = open_search(tmp_path, search)
-        assert study.recover({0: Told(0.25, OK), 2: Told(None, FULL), 3: Abandoned("disturbed")}) == [1, 4]
+        assert study.recover(ended) == [1, 4]
         assert "RUNNING" not in states(tmp_path)
     assert [study.ask(), study.ask()] == [asked[1], asked[4]]
     fresh = study.ask()
     assert (fresh.repetition, fresh.configuration) == (1, asked[4].configuration)
     study.tell(1, contrast=0.5, constraints=OK)
     study = open_search(tmp_path, search)
-    assert study.recover({}) == [4, fresh.study_trial]
+    ended[1] = Told(0.5, OK)
+    assert study.recover(ended) == [4, fresh.study_trial]
     study.tell(4, contrast=0.5, constraints=OK)  # finishing an interrupted block without asking is fine
-    assert study.recover({}) == [fresh.study_trial]
+    assert study.recover(ended | {4: Told(0.5, OK)}) == [fresh.study_trial]
+
+
+@pytest.mark.parametrize("contrast", [0.5, None])
+def test_a_block_whose_record_was_lost_after_it_was_told_is_asked_again(tmp_path, contrast):
+    """A truncated record.json: the study knows the block as finished, the disk does not, and the disk is the truth."""
+    study = open_search(tmp_path)
+    first, lost = study.ask(), study.ask()
+    study.tell(first.study_trial, contrast=0.25, constraints=OK)
+    study.tell(lost.study_trial, contrast=contrast, constraints=OK)
+    for _ in range(2):
+        study = open_search(tmp_path)
+        assert study.recover({first.study_trial: Told(0.25, OK)}) == [lost.study_trial]
+    assert study.ask() == lost
+    study.tell(lost.study_trial, contrast=0.5, constraints=OK)
+    assert study.recover({first.study_trial: Told(0.25, OK), lost.study_trial: Told(0.5, OK)}) == []
+
+
+def test_a_block_that_was_given_up_is_open_again_unless_its_end_is_on_disk(tmp_path):
+    study = open_search(tmp_path)
+    asked = [study.ask() for _ in range(3)]
+    for proposal in asked:
+        study.abandon(proposal.study_trial, "disturbed 3 times")
+    ended = {1: Abandoned("a compared arm failed")}
+    for _ in range(3):  # whoever resumes, and is killed, and resumes
+        study = open_search(tmp_path)
+        assert study.recover(ended) == [0, 2]
+    assert [study.ask(), study.ask()] == [asked[0], asked[2]]
+    assert study.ask().study_trial not in {0, 1, 2}
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random", "qmc", "tpe"])
+@pytest.mark.parametrize("repetitions", [1, 2])
+def test_a_study_is_made_again_from_its_blocks(tmp_path, sampler, repetitions):
+    """The same blocks under the same numbers, the same ends, and the same proposals afterwards."""
+    search = plan(sampler, SMALL, repetitions=repetitions)
+    study = open_search(tmp_path, search)
+    asked = [study.ask() for _ in range(3)]
+    study = open_search(tmp_path, search)
+    assert study.recover({0: Told(0.5, OK)}) == [1, 2]  # so that numbers are left out between blocks
+    assert [study.ask(), study.ask()] == asked[1:]
+    asked.append(study.ask())
+    assert asked[3].study_trial == 5
+    ends = {0: Told(0.5, OK), 1: Told(None, FULL), 2: Told(-0.1, OK), 5: Told(0.2, OK)}
+    study.recover(ends)
+    blocks = [(each.study_trial, each.configuration, each.repetition) for each in asked]
+    assert study.rebuild(blocks) == 0, "a study that has its trials is left alone"
+    following = [study.ask() for _ in range(2)]
+
+    (tmp_path / "study.journal").unlink()
+    again = open_search(tmp_path, search)
+    assert again.rebuild(json.loads(json.dumps(blocks))) == 4
+    assert again.recover(ends) == []
+    if sampler == "tpe":  # sees interrupted blocks' numbers no more; what it is told is the same
+        assert again.ask().study_trial == 6
+    else:
+        assert [again.ask() for _ in range(2)] == following
+    assert [again._blocks()[number].state.name for number in ends] == [
+        "COMPLETE",
+        "PRUNED",
+        "COMPLETE",
+        "COMPLETE",
+    ]
 
 
 def test_recover_completes_a_tell_cut_in_the_middle(tmp_path):

@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,10 +75,21 @@ def test_a_disturbed_arm_voids_the_execution_and_the_next_one_counts(store):
     state = store.state(block)
     assert state.valid == 2
     assert store.capacities(state, ARMS) == {"a": 100, "b": None}
-    assert [
-        (r["trial_id"], r["attempt"], r["superseded"]) for r in store.records() if not r["superseded"]
-    ] == [(block.trial_id(arm), 2, False) for arm in block.order]
-    assert sum(r["superseded"] for r in store.records()) == 2
+    counted = [(r["trial_id"], r["attempt"]) for r in store.records() if r["standing"] == "counts"]
+    assert counted == [(block.trial_id(arm), 2) for arm in block.order]
+    assert sum(r["standing"] == "superseded" for r in store.records()) == 2
+
+
+def test_records_of_an_incomplete_block_are_open_and_those_before_them_superseded(store):
+    block = new_block(store)
+    put(store, block, "a", 1)
+    assert [r["standing"] for r in store.records()] == ["open"]
+    put(store, block, "b", 1, "disturbed")
+    assert [r["standing"] for r in store.records()] == ["open", "open"], (
+        "given up, perhaps: nothing counts yet"
+    )
+    put(store, block, "a", 2)
+    assert sorted(r["standing"] for r in store.records()) == ["open", "superseded", "superseded"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,7 +120,7 @@ def test_every_block_counts_at_most_once_whatever_was_recorded(tmp_path_factory,
     for attempt, arm, kind in puts:
         if not store.attempt_folder(block.trial_id(arm), attempt).exists():
             put(store, block, arm, attempt, kind)
-    counted = [r for r in store.records() if not r["superseded"]]
+    counted = [r for r in store.records() if r["standing"] == "counts"]
     assert len(counted) in (0, len(ARMS))
     assert len({r["attempt"] for r in counted}) <= 1
     assert not any(r["outcome"]["kind"] in {"disturbed", "host_wedged"} for r in counted)
@@ -181,3 +195,34 @@ print('BLOCKS', [b.block_id for b in store.blocks()], sorted(p.name for p in (st
     assert "mend: free space" in done.stdout
     assert "BLOCKS ['b0000'] ['b0000.json']" in done.stdout
     assert not list(Path(tmp_path).iterdir())
+
+
+DIES_AT_THE_PLAN = """
+import os, signal, sys
+from pathlib import Path
+from spark_ray import store
+store.write_durably = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store.Store.create(Path(sys.argv[1]), {"experiment.yaml": "of the dead"}, {}, worker=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.process
+def test_a_folder_whose_maker_died_is_made_again_and_nothing_else_is_cleared(tmp_path):
+    folder, worker = tmp_path / "run", tmp_path / "worker"
+    worker.mkdir()
+    (worker / "x.py").write_text("")
+    command = [sys.executable, "-c", DIES_AT_THE_PLAN, str(folder), str(worker)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert (folder / "bundle").is_dir()
+    assert Store.was_torn(folder)
+    Store.create(folder, {"experiment.yaml": "y"}, {"experiment": {}}, worker=worker).close()
+    assert not Store.was_torn(folder)
+    assert (folder / "experiment.yaml").read_text() == "y"
+    with pytest.raises(RunError, match="not empty"):
+        Store.create(folder, {}, {})
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine").write_text("z")
+    with pytest.raises(RunError, match="not empty"):
+        Store.create(foreign, {}, {})
+    assert [path.name for path in foreign.iterdir()] == ["mine"]

@@ -1,7 +1,10 @@
 """The command as a user meets it: exit codes, plain words, no traceback, no effect before the plan holds."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import site
 import subprocess
@@ -10,7 +13,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import experiment_data, write_yaml
+from helpers import experiment, experiment_data, write_yaml
+
+from spark_ray import __version__
+from spark_ray.search import Search
+from spark_ray.store import Store
+from spark_ray.worker import protocol
 
 ROOT = Path(__file__).parent.parent
 
@@ -298,9 +306,183 @@ def test_a_run_moved_elsewhere_is_reported_there(tmp_path):
     assert (tmp_path / "moved" / "report.html").exists()
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+COLOUR = re.compile(r"\x1b\[(\d+;)*[34][0-7][;m]")
+
+
 @pytest.mark.process
-def test_no_colour_and_no_terminal_means_plain_text(tmp_path):
-    done = run(
-        write_yaml(tmp_path, experiment_data(blocks=1)), "--local", "--out", tmp_path / "run", NO_COLOR="1"
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_without_a_terminal_the_output_is_plain_text(tmp_path, variables):
+    path = write_yaml(tmp_path, experiment_data(blocks=1, behaviour="exit", only_in_arm="b"))
+    done = run(path, "--local", "--out", tmp_path / "run", "-v", **variables)
+    assert not CONTROL.search(done.stdout + done.stderr)
+
+
+def on_a_terminal(*arguments, **variables):
+    """What a sweep writes when both its outputs are a terminal."""
+    inside, outside = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "spark_ray.sweep", *map(str, arguments)],
+        stdin=subprocess.DEVNULL, stdout=outside, stderr=outside, env={**os.environ, "TERM": "xterm-256color", **variables},
+    ) as sweeping:  # fmt: skip
+        os.close(outside)
+        written = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+            while piece := os.read(inside, 65536):
+                written += piece
+        os.close(inside)
+    return sweeping.returncode, written.decode()
+
+
+@pytest.mark.process
+def test_a_terminal_has_colours_unless_no_color_is_set(tmp_path):
+    path = write_yaml(tmp_path, experiment_data(blocks=1))
+    for name, variables, coloured in (
+        ("plain", {"NO_COLOR": "1"}, False),
+        ("colour", {"NO_COLOR": ""}, True),
+    ):
+        code, written = on_a_terminal(path, "--local", "--out", tmp_path / name, **variables)
+        assert code == 0, written
+        assert bool(COLOUR.search(written)) == coloured
+        assert "NOT A MEASUREMENT" in written
+
+
+@pytest.mark.process
+def test_the_log_leads_to_the_cause(tmp_path):
+    path = write_yaml(tmp_path, experiment_data(blocks=1, behaviour="raise", only_in_arm="b"))
+    done = run(path, "--local", "--out", tmp_path / "run", "-v")
+    log = (tmp_path / "run" / "run.log").read_text()
+    for line in (
+        r"b0000 b/1 begins on local-0, in .*/run/trials/b0000\.b/1",
+        r"b0000 b/1 memory +[\d.]+ GiB available after 0\.0 s",
+        r'b0000 b/1 treatment +page_cache: "keep", per_cpu_pages: "as_is"; then .* free, .* cached',
+        r"b0000 b/1 command +\S*python\S* -m spark_ray_worker \S+",
+        r"b0000 a/1 phases +after_load [\d.]+ s, sizing [\d.]+ s, end [\d.]+ s, after_exit [\d.]+ s",
+        r"b0000 b/1 end +exit \d+ after [\d.]+ s",
+        r"b0000 b/1 worker.log .*",
+        r"WARNING b0000 b/1 engine_error .*",
+        r"b0000 complete: contrast none, a compared arm failed",
+    ):
+        assert re.search(line, done.stderr), line
+        assert re.search(line, log), line
+    assert "a/1 worker.log" not in log, "an arm that answered needs no more words"
+
+
+# ---- a run opened again -----------------------------------------------------------------------------------
+
+
+def edited(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.process
+def test_a_run_goes_on_with_a_newer_version_by_its_own_worker_and_says_so(tmp_path):
+    path, folder = write_yaml(tmp_path, experiment_data(blocks=2)), tmp_path / "run"
+    assert run(path, "--local", "--out", folder, "--max-blocks", 1).returncode == 0
+    with (folder / "bundle" / protocol.PACKAGE / "engine_fake.py").open("a") as stream:
+        stream.write("# as an older version had it\n")
+    older = protocol.package_sha256(folder / "bundle" / protocol.PACKAGE)
+    edited(folder / "plan.json", spark_ray_version="0.0.9", bundle_sha256=older)
+    for record in folder.glob("trials/*/1/record.json"):
+        edited(record, spark_ray_version="0.0.9", bundle_sha256=older)
+    done = run(path, "--local", "--out", folder, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    for said in ("begun with spark_ray 0.0.9 and is continued with", "the run's own, bundle/, is used"):
+        assert said in " ".join(done.stderr.split())
+        assert said in (folder / "run.log").read_text()
+    records = list(Store.read(folder).records())
+    assert {record["bundle_sha256"] for record in records} == {older}
+    assert sorted({record["spark_ray_version"] for record in records}) == ["0.0.9", __version__]
+    findings = [
+        each["sentence"] for each in json.loads(done.stdout)["findings"] if each["severity"] == "doubt"
+    ]
+    assert any(
+        f"mixed in this run: 0.0.9 (2 attempts), {__version__} (2 attempts)" in each for each in findings
     )
-    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.process
+def test_a_run_of_another_protocol_or_with_a_changed_bundle_is_refused_with_the_reason(tmp_path):
+    path, folder = write_yaml(tmp_path, experiment_data(blocks=2)), tmp_path / "run"
+    assert run(path, "--local", "--out", folder, "--max-blocks", 1).returncode == 0
+    plan = (folder / "plan.json").read_text()
+    edited(folder / "plan.json", protocol_version=999, spark_ray_version="9.9.9")
+    done = run(path, "--local", "--out", folder, "--resume")
+    assert (done.returncode, "speaks protocol 999" in done.stderr) == (2, True)
+    assert "continue with spark_ray 9.9.9" in done.stderr
+    (folder / "plan.json").write_text(plan)
+    (folder / "bundle" / protocol.PACKAGE / "engine_fake.py").write_text("")
+    done = run(path, "--local", "--out", folder, "--resume")
+    assert (done.returncode, "bundle was changed" in done.stderr) == (2, True)
+
+
+@pytest.mark.process
+def test_a_study_whose_journal_is_gone_is_made_again_from_the_blocks(tmp_path):
+    path = write_yaml(tmp_path, experiment_data(blocks=4))
+    assert run(path, "--local", "--out", tmp_path / "whole").returncode == 0
+    folder = tmp_path / "run"
+    assert run(path, "--local", "--out", folder, "--max-blocks", 2).returncode == 0
+    (folder / "study.journal").unlink()
+    done = run(path, "--local", "--out", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "study.journal was lost: made again from 2 blocks on disk" in done.stdout
+    assert Store.read(folder).blocks() == Store.read(tmp_path / "whole").blocks()
+    assert sum(record["standing"] == "counts" for record in Store.read(folder).records()) == 8
+
+
+@pytest.mark.process
+def test_a_block_that_was_given_up_is_tried_again_on_resume(tmp_path):
+    """As after a night in which something kept disturbing it: every arm of the block has been void, and it was left."""
+    path, folder = write_yaml(tmp_path, experiment_data(blocks=1)), tmp_path / "run"
+    assert run(path, "--local", "--out", folder).returncode == 0
+    (block,) = Store.read(folder).blocks()
+    for record in folder.glob("trials/*/1/record.json"):
+        edited(record, outcome={"kind": "disturbed", "reason": "not_reached", "message": "memory was taken"})
+    (folder / "study.journal").unlink()
+    search = Search(experiment(blocks=1).search, seed=0, journal=folder / "study.journal", name="test")
+    search.rebuild([(block.study_trial, block.configuration, block.repetition)])
+    search.abandon(block.study_trial, "disturbed 3 times")
+    done = run(path, "--local", "--out", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert Store.read(folder).blocks() == [block], "the same block, by the same name"
+    assert Store.read(folder).state(block).valid == 2
+
+
+# ---- the shell ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shell", "word"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --")]
+)
+def test_the_completion_script_of_each_shell(shell, word):
+    done = subprocess.run(
+        [sys.executable, "-m", "spark_ray", "completion", shell],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert word in done.stdout
+    assert "_SPARK_RAY_COMPLETE" in done.stdout
+
+
+def completed(cwd, line):
+    words = f"spark-ray {line}"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'spark-ray'; from spark_ray.cli import main; sys.exit(main())"],
+        capture_output=True, text=True, check=False, timeout=60, cwd=cwd,
+        env={**os.environ, "_SPARK_RAY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)},
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_yaml_files_and_folders(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("night.yaml", "notes.txt", "more/day.yml", ".hidden.yaml"):
+        (tmp_path / name).write_text("")
+    assert completed(tmp_path, "resu") == ["plain,resume"]
+    assert completed(tmp_path, "sweep n") == ["plain,night.yaml"]
+    assert completed(tmp_path, "plan ") == ["plain,night.yaml", "plain,more/"]
+    assert completed(tmp_path, "plan more/") == ["plain,more/day.yml"]
+    assert completed(tmp_path, "plan mo") == ["file,mo"], "the shell goes into folders"
+    assert completed(tmp_path, "status ru") == ["dir,ru"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..experiment import ChrootEnvironment, DockerEnvironment, NativeEnvironment
 
@@ -18,6 +18,9 @@ BUNDLE_INSIDE = "/spark_ray/bundle"
 MODEL_INSIDE = "/spark_ray/model"
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+FRESH_HOME = "home"
+"""Folder of the attempt that is a native worker's HOME and TMPDIR; removed when the worker has ended."""
 
 RUN_VARIABLE = "SPARK_RAY_RUN"
 """Names the run folder in every worker's environment, so that what outlives a run can be told whose it was."""
@@ -50,6 +53,15 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """How an isolated guest gets the GPU: the daemon's own way (`request`), or the driver's files bound (`devices`)."""
+
+    exposure: Literal["request", "devices"]
+    driver: str | None = None  # version, where its files are bound
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Content:
     """What the worker runs on: the interpreter, and the tree and image behind an isolated environment."""
 
@@ -58,6 +70,7 @@ class Content:
     entrypoint: tuple[str, ...] = ()
     root: str | None = None
     mounts: tuple[tuple[str, str, bool], ...] = ()  # source, target, read-only
+    gpu: Gpu | None = None
     image_id: str | None = None
     sha256: str | None = None  # of the tree; bound content has its own
     bound_sha256: str | None = None
@@ -121,11 +134,15 @@ def module_of(spec: EnvironmentSpec) -> Any:
             return docker
 
 
-def common_contradictions(inside: dict[str, Any], outside: dict[str, Any], bundle_sha256: str) -> list[str]:
-    """What must hold anywhere: same worker, and both sides describe the same process."""
+def common_contradictions(
+    spec: EnvironmentSpec, inside: dict[str, Any], outside: dict[str, Any], bundle_sha256: str
+) -> list[str]:
+    """What must hold anywhere: same worker, both sides describe the same process, and isolation has no back door."""
     found = []
     if inside.get("bundle_sha256") != bundle_sha256:
         found.append("the worker's files differ from the run's bundle")
     if "root" in outside and inside.get("root") != outside["root"]:
         found.append(f"the worker saw root {inside.get('root')}, the host sees {outside['root']} for it")
+    if inside.get("docker_sockets") and not isinstance(spec, NativeEnvironment):
+        found.append(f"the worker can reach a Docker daemon: {', '.join(inside['docker_sockets'])}")
     return found

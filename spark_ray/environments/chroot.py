@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import driver
 from ..experiment import ChrootEnvironment
 from . import (
     ATTEMPT_INSIDE,
@@ -27,13 +28,17 @@ def problems(spec: ChrootEnvironment, offer: Offer) -> list[Problem]:  # noqa: A
 
 
 def start(spec: ChrootEnvironment, site: Site) -> Start:  # noqa: ARG001
-    mounts = [
+    mounts: list[tuple[str | None, str, bool]] = [
         *site.content.mounts,
         (str(site.attempt), ATTEMPT_INSIDE, False),
         (str(site.bundle), BUNDLE_INSIDE, True),
     ]
     if site.model:
         mounts.append((str(site.model), MODEL_INSIDE, True))
+    if site.content.gpu:
+        mounts.append(
+            (None, driver.INSIDE, True)
+        )  # a tmpfs that holds the mount points of the driver's files
     variables = worker_variables(BUNDLE_INSIDE, site)
     enter = {
         "root": site.content.root,

@@ -9,6 +9,7 @@ from . import (
     ATTEMPT_INSIDE,
     BUNDLE_INSIDE,
     MODEL_INSIDE,
+    Gpu,
     Offer,
     Problem,
     Site,
@@ -30,8 +31,9 @@ def problems(spec: DockerEnvironment, offer: Offer) -> list[Problem]:
     return found
 
 
-def flags(spec: DockerEnvironment) -> dict[str, Any]:
+def flags(spec: DockerEnvironment, gpu: Gpu | None = None) -> dict[str, Any]:
     """Settings of the container's host side, one key of the YAML a flag; `image.host_config` makes them docker's."""
+    bound = gpu is not None and gpu.exposure == "devices"
     config: dict[str, Any] = {
         "network_mode": spec.network,
         "read_only": spec.read_only,
@@ -39,7 +41,7 @@ def flags(spec: DockerEnvironment) -> dict[str, Any]:
         "privileged": spec.privileged,
         "auto_remove": False,  # a removed container cannot be asked whether it was killed for memory
         "ulimits": dict(spec.ulimits),
-        "gpus": spec.gpus,
+        "gpus": None if bound else spec.gpus,
     }
     if spec.no_new_privileges and not spec.privileged:
         config["security_opt"] = ["no-new-privileges"]
@@ -54,6 +56,7 @@ def flags(spec: DockerEnvironment) -> dict[str, Any]:
         "cpuset_cpus": spec.cpuset_cpus,
         "cgroup_parent": spec.cgroup_parent,
         "cap_add": list(spec.cap_add) or None,
+        "devices": [f"{node}:{node}:rw" for node in gpu.devices] if gpu and bound else None,
     }
     return config | {name: value for name, value in optional.items() if value is not None}
 
@@ -63,16 +66,15 @@ def changed_flags(spec: DockerEnvironment) -> list[str]:
     return sorted(set(spec.model_dump(exclude_defaults=True)) - {"kind", "image", "python"})
 
 
-def _binds(site: Site) -> dict[str, dict[str, str]]:
-    binds = {
-        str(site.attempt): {"bind": ATTEMPT_INSIDE, "mode": "rw"},
-        str(site.bundle): {"bind": BUNDLE_INSIDE, "mode": "ro"},
-    }
-    if site.model:
-        binds[str(site.model)] = {"bind": MODEL_INSIDE, "mode": "ro"}
-    for source, target, read_only in site.content.mounts:
-        binds[source] = {"bind": target, "mode": "ro" if read_only else "rw"}
-    return binds
+def _binds(site: Site) -> list[str]:
+    """SOURCE:TARGET:MODE, as docker takes them; one source may have several targets."""
+    mounts = [
+        (str(site.attempt), ATTEMPT_INSIDE, False),
+        (str(site.bundle), BUNDLE_INSIDE, True),
+        *([(str(site.model), MODEL_INSIDE, True)] if site.model else []),
+        *site.content.mounts,
+    ]
+    return [f"{source}:{target}:{'ro' if read_only else 'rw'}" for source, target, read_only in mounts]
 
 
 def start(spec: DockerEnvironment, site: Site) -> Start:
@@ -85,7 +87,7 @@ def start(spec: DockerEnvironment, site: Site) -> Start:
         "user": f"{site.uid}:{site.gid}",
         "working_dir": "/",
         "labels": {LABEL_RUN: site.run_label, LABEL_TRIAL: site.label},
-        "host_config": flags(spec) | {"binds": _binds(site)},
+        "host_config": flags(spec, site.content.gpu) | {"binds": _binds(site)},
     }
     return Start(
         argv=argv,

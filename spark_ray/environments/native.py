@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..experiment import NativeEnvironment
-from . import Offer, Problem, Site, Start, worker_argv, worker_variables
+from . import FRESH_HOME, Offer, Problem, Site, Start, worker_argv, worker_variables
 
 
 def problems(spec: NativeEnvironment, offer: Offer) -> list[Problem]:  # noqa: ARG001  same question for every kind
@@ -14,9 +14,12 @@ def problems(spec: NativeEnvironment, offer: Offer) -> list[Problem]:  # noqa: A
 
 def start(spec: NativeEnvironment, site: Site) -> Start:  # noqa: ARG001
     folder = str(site.attempt)
+    # As in a container and a chroot, nothing is left of the last trial: kernels compiled once would be found again
+    # in the user's own HOME, and the native arm alone would be fast.
+    home = str(site.attempt / FRESH_HOME)
     return Start(
         argv=worker_argv(site.content, folder),
-        variables=worker_variables(str(site.bundle), site),
+        variables=worker_variables(str(site.bundle), site) | {"HOME": home, "TMPDIR": home},
         folder=folder,
         model=str(site.model) if site.model else None,
     )

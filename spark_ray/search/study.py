@@ -10,7 +10,7 @@ The state of a block is that of its latest study trial:
     RUNNING                       proposed, being executed
     COMPLETE                      a contrast was measured
     PRUNED, constraint violated   a compared arm has no capacity there: an answer
-    FAIL with `abandoned`         given up
+    FAIL with `abandoned`         given up: no outcome, or not one to search by
     FAIL without                  interrupted: asked again before anything new
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,9 @@ class Search:
     def recover(self, finished: Mapping[int, Told | Abandoned]) -> list[int]:
         """Make the study agree with the disk, at the start of a process. Safe to repeat after a kill at any point.
 
-        `finished` has every block whose end is on disk. All others that were proposed are interrupted: afterwards no
-        study trial is RUNNING, and the next asks propose the blocks returned here, in this order.
+        `finished` has every block whose end is on disk. All others that were proposed are interrupted, those given up
+        and those whose records were lost after they were told included: afterwards no study trial is RUNNING, and the
+        next asks propose the blocks returned here, in this order.
         """
         for study_trial, outcome in finished.items():
             match outcome:
@@ -163,9 +164,38 @@ class Search:
                     )
                 case Abandoned():
                     self.abandon(study_trial, outcome.reason)
+        for first, latest in self._blocks().items():
+            # Given up, or told and its record torn since: the records say what was done, the study only follows.
+            if first not in finished and latest.state.is_finished() and not _interrupted(latest):
+                self._start(latest.params, latest.user_attrs["block"], continues=first)
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
         return [first for first, latest in self._blocks().items() if _interrupted(latest)]
+
+    def rebuild(self, blocks: Sequence[tuple[int, Configuration, int]]) -> int:
+        """Put (study trial, configuration, repetition) of blocks on disk into a study without any trial.
+
+        Returns how many: none when the study has trials, and so a journal. Each block keeps its number; a number
+        between them was of an interrupted block and stays empty. `recover` then tells what became of them.
+        """
+        if not blocks or self._study.get_trials(deepcopy=False):
+            return 0
+        by_number = {number: (params, repetition) for number, params, repetition in blocks}
+        index = -1
+        for number in range(max(by_number) + 1):
+            params, repetition = by_number.get(number, ({}, 0))
+            attributes: dict[str, object] = {}
+            if number in by_number:
+                index += repetition == 0
+                attributes = {"block": [index, repetition]}
+            trial = optuna.trial.create_trial(
+                state=TrialState.RUNNING if attributes else TrialState.FAIL,
+                params=dict(params),
+                distributions=self._distributions if attributes else {},
+                user_attrs=attributes,
+            )
+            self._storage.create_new_trial(self._study_id, template_trial=trial)
+        return len(by_number)
 
     # ---- inside -------------------------------------------------------------------------------------------
 
@@ -211,7 +241,8 @@ class Search:
         if latest is None:
             raise RunError(
                 f"the study has no block {study_trial}, but a block on disk names it",
-                mend="study.journal is not the one of this run, or was cut: restore it, or start a new run",
+                mend="study.journal is not the one of this run, or was cut: delete it, and --resume makes it again "
+                "from the blocks on disk",
             )
         if _interrupted(latest):
             self._start(latest.params, latest.user_attrs["block"], continues=study_trial)

@@ -4,10 +4,10 @@ Protocol, version 1. The host copies this package to BUNDLE/spark_ray_worker and
 
     python -m spark_ray_worker ATTEMPT_FOLDER        (PYTHONPATH=BUNDLE)
 
-ATTEMPT_FOLDER/request.json   read    see `protocol.Request`
+ATTEMPT_FOLDER/request.json   read    see `protocol.REQUEST_FIELDS`
 ATTEMPT_FOLDER/worker.log     append  stdout and stderr of everything, from the first line on
 ATTEMPT_FOLDER/observations.jsonl  append  one line an observation, as it goes
-ATTEMPT_FOLDER/result.json    write   last, by rename; see `protocol.result`
+ATTEMPT_FOLDER/result.json    write   last, by rename; the host's result.py describes it
 
 Standard output carries control lines only, each `@spark_ray WORD ...`; standard input carries the answers:
 

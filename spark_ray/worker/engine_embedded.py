@@ -76,8 +76,10 @@ class _CudaMemory:
         import torch
 
         self._torch = torch
-        if not torch.cuda.is_available():
-            raise RuntimeError("engine.device is cuda, but torch finds no CUDA device here")
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
+            raise RuntimeError(f"engine.device is cuda, but CUDA does not start here: {error}") from error
 
     def settle(self) -> None:
         gc.collect()
@@ -94,10 +96,10 @@ class _CudaMemory:
         self.settle()
         return max(0, peak - int(self._torch.cuda.memory_stats()["allocated_bytes.all.current"]))
 
-    def read_view(self, view: str) -> dict[str, Any]:
+    def read_view(self, view: str) -> dict[str, Any]:  # noqa: ARG002  there is one view of a GPU
         reading = sizing.read_view("memfree")
         free, total = self._torch.cuda.mem_get_info()
-        return reading | {"view": f"cuda ({view} asked)", "total_bytes": total, "free_bytes": free}
+        return reading | {"view": "cuda", "total_bytes": total, "free_bytes": free}
 
     def observation(self) -> dict[str, Any]:
         free, total = self._torch.cuda.mem_get_info()
@@ -121,6 +123,7 @@ def _load(talk: Session) -> Any:
         attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=False,
+        use_safetensors=True,  # never a pickle
     )
     return model.to(talk.engine["device"]).eval()
 

@@ -39,10 +39,6 @@ REQUEST_FIELDS = frozenset(
         "seed",
     }
 )
-RESULT_FIELDS = frozenset(
-    {"protocol_version", "trial_id", "attempt", "engine", "evidence", "measurements", "failure", "observer"}
-)
-FAILURE_KINDS = frozenset({"infeasible", "out_of_memory", "engine_error"})
 
 
 class ProtocolError(Exception):

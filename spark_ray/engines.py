@@ -1,0 +1,101 @@
+"""Engines and models as an experiment names them: which library, how it sizes its pool, which checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .spec import DurationS, PositiveInt, Seed, SizeBytes, Spec
+
+MemoryView = Literal["memfree", "memavailable", "cgroup", "engine"]
+
+
+class EmbeddedEngine(Spec):
+    """transformers' continuous batching with its paged KV cache; the pool is sized by a stated law and view."""
+
+    kind: Literal["embedded"]
+    memory_view: MemoryView = Field(
+        default="memfree",
+        description="which memory counts as free when the pool is sized: memfree (TensorRT-LLM's law as it meets "
+        "GB10), memavailable (vLLM, SGLang), cgroup (the smaller of MemFree and what the limit leaves), "
+        "engine (transformers' own)",
+    )
+    tokens_per_block: PositiveInt = Field(default=64, description="tokens that one block of the cache holds")
+    max_seq_len: PositiveInt = Field(
+        default=1024, description="tokens one request may hold; the pool must fit at least one"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of weights and KV cache")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the model and its cache live")
+    threads: PositiveInt | None = Field(
+        default=None, description="CPU threads of torch; default: torch's own choice"
+    )
+
+    @model_validator(mode="after")
+    def _view_of_this_device(self) -> Self:
+        if self.device == "cuda" and self.memory_view not in {"memfree", "engine"}:
+            raise ValueError(
+                f"memory_view {self.memory_view} is of main memory; with device cuda it is memfree (what "
+                "cudaMemGetInfo calls free) or engine"
+            )
+        return self
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+class FakeEngine(Spec):
+    """No engine at all: allocates, hangs, crashes or exits on command. For tests; its numbers mean nothing."""
+
+    kind: Literal["fake"]
+    behaviour: Literal[
+        "ok", "hang", "segfault", "exit", "raise", "infeasible", "allocate", "stop", "garbage"
+    ] = Field(default="ok", description="what it does after it was started")
+    only_in_arm: str | None = Field(default=None, description="misbehave in this arm only")
+    allocate: SizeBytes | None = Field(default=None, description="memory it really takes, before sizing")
+    hold: DurationS = Field(default="0s", validate_default=True, description="wait after sizing")
+    kv_cache: SizeBytes = Field(
+        default="1GiB", validate_default=True, description="its made-up capacity at memory_fraction 1"
+    )
+
+    @property
+    def needs_gpu(self) -> bool:
+        return False
+
+
+Engine = Annotated[EmbeddedEngine | FakeEngine, Field(discriminator="kind")]
+
+
+class RandomLlama(Spec):
+    """A small Llama-architecture checkpoint with random weights, made once and cached: a real loading path, no hub."""
+
+    hidden_size: PositiveInt = Field(default=512, description="width of the residual stream")
+    intermediate_size: PositiveInt = Field(default=1536, description="width of the feed-forward layers")
+    layers: PositiveInt = Field(default=8, description="decoder layers; each adds to the KV bytes of a token")
+    attention_heads: PositiveInt = Field(default=8, description="query heads")
+    kv_heads: PositiveInt = Field(default=8, description="key-value heads; must divide attention_heads")
+    head_dim: PositiveInt = Field(default=128, description="width of a head; must be even")
+    vocabulary: PositiveInt = Field(default=4096, description="tokens in the vocabulary")
+    seed: Seed = Field(default=0, description="of the random weights")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.attention_heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError("kv_heads must divide attention_heads, and head_dim must be even")
+        return self
+
+
+class Model(Spec):
+    path: str | None = Field(
+        default=None, description="folder of a Hugging Face checkpoint (config.json, *.safetensors)"
+    )
+    random_llama: RandomLlama | None = Field(
+        default=None, description="instead of a folder: a small checkpoint made here; {} for its defaults"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.random_llama is None):
+            raise ValueError("name exactly one of path and random_llama")
+        return self

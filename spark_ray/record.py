@@ -1,0 +1,324 @@
+"""What record.json holds: `Record`, every field with its meaning, unit and source; the reference of records is made from it.
+
+Nothing at run time needs these models: the host writes records, `store.read_record` reads them tolerantly (also those
+of an older program), and tests hold that what is written is what is described here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, Field, JsonValue
+
+from .outcome import OutcomeKind
+from .result import Counter, Meminfo, OpenPart, Part, Result, Seconds, Sha256, Size, Word
+
+__all__ = ["Record", "Result"]
+
+Absent = dict[str, str]
+Stamp = Annotated[AwareDatetime, Field(strict=False)]  # written as ISO 8601 text
+
+
+# ---- observations: the same instrument inside and outside -------------------------------------------------
+
+
+class Cgroup(Part):
+    """Memory accounting of the worker's group. usage and peak include page cache."""
+
+    version: Literal[1, 2] | None = Field(default=None, description="cgroup version that accounts memory")
+    path: str | None = Field(
+        default=None, description="path of the group, as the observer's own namespace shows it"
+    )
+    seen_at: str | None = Field(
+        default=None, description='"mount top": the path is not visible here, the mount\'s top was read'
+    )
+    usage_bytes: Size | None = Field(
+        default=None, description="memory.usage_in_bytes or memory.current, page cache included"
+    )
+    peak_bytes: Size | None = Field(default=None, description="memory.max_usage_in_bytes or memory.peak")
+    limit_bytes: Size | None = Field(
+        default=None, description="memory.limit_in_bytes or memory.max; absent: unlimited"
+    )
+    anon_bytes: Size | None = Field(default=None, description="total_rss (v1) or anon (v2) of memory.stat")
+    file_bytes: Size | None = Field(default=None, description="total_cache (v1) or file (v2) of memory.stat")
+    stat: dict[str, Counter] | None = Field(
+        default=None, description="memory.stat, all counters under the kernel's names"
+    )
+    events: dict[str, Counter] | None = Field(
+        default=None, description="memory.oom_control (v1) or memory.events (v2)"
+    )
+    absent: Absent | None = Field(default=None, description="what could not be read: name and reason")
+
+
+class Tree(Part):
+    """Sums over the worker's process tree, from smaps_rollup."""
+
+    processes: Size = Field(description="processes that could be read")
+    rss_bytes: Size | None = Field(
+        default=None, description="resident set; shared pages counted once per process"
+    )
+    pss_bytes: Size | None = Field(
+        default=None, description="proportional set size: shared pages counted once"
+    )
+    pss_anon_bytes: Size | None = Field(default=None, description="anonymous part of pss_bytes")
+    pss_file_bytes: Size | None = Field(default=None, description="file part of pss_bytes")
+    pss_shmem_bytes: Size | None = Field(default=None, description="shared-memory part of pss_bytes")
+    absent: Absent | None = Field(default=None, description="why members could not be read")
+
+
+class Cuda(Part):
+    free_bytes: Size = Field(description="free device memory, cudaMemGetInfo, inside")
+    total_bytes: Size = Field(description="total device memory, cudaMemGetInfo, inside")
+    torch_allocated_bytes: Size | None = Field(default=None, description="held by tensors, torch's allocator")
+
+
+class GpuProcess(Part):
+    pid: Size = Field(description="process id on the host")
+    used_bytes: Size | None = Field(default=None, description="device memory it holds, where the driver says")
+
+
+class Gpu(Part):
+    """One device as NVML answers; a question it refuses is in `absent` (GB10 has no device memory of its own)."""
+
+    device: Size = Field(description="NVML's index")
+    memory_total_bytes: Size | None = Field(default=None, description="device memory")
+    memory_used_bytes: Size | None = Field(
+        default=None, description="device memory in use, the driver's own included"
+    )
+    temperature_celsius: Size | None = Field(default=None, description="of the chip")
+    power_w: Seconds | None = Field(default=None, description="power drawn, watts")
+    energy_j: Seconds | None = Field(default=None, description="energy since the driver was loaded, joules")
+    sm_clock_mhz: Size | None = Field(default=None, description="clock of the multiprocessors, MHz")
+    memory_clock_mhz: Size | None = Field(default=None, description="clock of the memory, MHz")
+    utilization_percent: Size | None = Field(default=None, description="share of time with a kernel running")
+    throttle_reasons: list[str] | None = Field(default=None, description="why the clocks are where they are")
+    processes: list[GpuProcess] | None = Field(
+        default=None, description="compute processes; says nothing from within a PID namespace"
+    )
+    absent: Absent | None = Field(default=None, description="what NVML refuses to say: name and reason")
+
+
+class Observation(OpenPart):
+    """One timed reading of memory counters at a named phase. An engine may add readings of its own."""
+
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    phase: Word = Field(description="moment of the trial; `sizing` is when the engine reads free memory")
+    monotonic_s: Seconds = Field(description="CLOCK_MONOTONIC at the start of the reading, seconds")
+    cost_s: Seconds = Field(description="how long the reading took, seconds")
+    meminfo: Meminfo = Field(description="/proc/meminfo, all fields, in bytes (HugePages_* are counts)")
+    per_cpu_free_bytes: Size | None = Field(
+        default=None,
+        description="free pages in per-CPU lists, in no meminfo counter; sum of /proc/zoneinfo pagesets",
+    )
+    cgroup: Cgroup = Field(description="the group that accounts the process's memory")
+    pressure: dict[str, Seconds] | None = Field(
+        default=None,
+        description="stalls for memory since boot: some_total_us, full_total_us, microseconds (PSI)",
+    )
+    tree: Tree | None = Field(
+        default=None, description="the worker's process tree; not before and after its life"
+    )
+    cuda: Cuda | None = Field(default=None, description="device memory, where the engine runs on CUDA")
+    gpus: list[Gpu] | None = Field(
+        default=None, description="each GPU, from outside through NVML; only the host reads it"
+    )
+    absent: Absent | None = Field(default=None, description="what could not be read: name and reason")
+
+
+# ---- what the host saw ------------------------------------------------------------------------------------
+
+
+class HostIdentity(Part):
+    root: str = Field(description="device and inode of the host's root folder, as major:minor:inode")
+    namespaces: dict[str, str] = Field(description="the launcher's own namespaces by kind, as type:[inode]")
+
+
+class Outside(Part):
+    """The live worker seen from outside when it said `ready`; empty when the host could not look."""
+
+    pid: Size | None = Field(default=None, description="process id of the supervisor (native, chroot)")
+    container_id: Word | None = Field(default=None, description="the container (docker)")
+    worker_pid: Size | None = Field(default=None, description="process id of the worker on the host")
+    cgroup: list[str] | None = Field(default=None, description="lines of its /proc/PID/cgroup")
+    namespaces: dict[str, str] | None = Field(
+        default=None, description="its namespaces by kind, as type:[inode]"
+    )
+    host: HostIdentity | None = Field(default=None, description="the host's own, to compare with")
+    root: str | None = Field(
+        default=None, description="device and inode of its root; absent without the right to look"
+    )
+    expected_root: str | None = Field(default=None, description="the same of the rootfs folder (chroot)")
+
+
+class Wait(Part):
+    reached: bool = Field(description="whether memory came back before the attempt")
+    waited_s: Seconds = Field(description="how long that took, seconds")
+    wanted_bytes: int = Field(
+        description="MemAvailable plus per-CPU lists that were wanted: the last level less limits.memory_tolerance"
+    )
+    found_bytes: Size = Field(description="what was there")
+
+
+class EffectiveFill(Part):
+    fill_bytes: Size = Field(description="page cache to hold, in bytes")
+
+
+class Treatment(Part):
+    """The host state asked for, with every key set."""
+
+    page_cache: Literal["drop", "keep", "advise"] | EffectiveFill = Field(
+        description="page cache before the start"
+    )
+    per_cpu_pages: Literal["drained", "as_is"] = Field(
+        description="free pages in per-CPU lists before the start"
+    )
+
+
+class Treated(Part):
+    """The host state as it was read after the treatment; empty when nothing was executed."""
+
+    asked: Treatment | None = Field(default=None, description="the treatment")
+    dropped: bool | None = Field(default=None, description="true: the page cache was dropped")
+    advised_files: Size | None = Field(
+        default=None, description="files advised out of the page cache instead"
+    )
+    filled_bytes: Size | None = Field(default=None, description="bytes of the fill file that were resident")
+    mem_free_bytes: Size | None = Field(default=None, description="MemFree afterwards")
+    cached_bytes: Size | None = Field(default=None, description="Cached + Buffers afterwards")
+
+
+class AtSizing(Part):
+    fill_resident_bytes: Size | None = Field(
+        default=None, description="bytes of the fill file still in the page cache"
+    )
+
+
+class End(Part):
+    """How a container ended; empty for a process."""
+
+    container_id: Word | None = Field(default=None, description="the container")
+    oom_killed: bool | None = Field(default=None, description="the daemon's OOMKilled")
+    error: str | None = Field(default=None, description="the daemon's State.Error")
+    inspect_error: str | None = Field(default=None, description="why the daemon could not be asked")
+
+
+class Samples(Part):
+    count: Size = Field(description="rows in samples.json: cheap counters every 50 ms")
+    gpu_count: Size = Field(
+        default=0, description="rows of GPU counters in samples.json: one per device every 200 ms"
+    )
+    cpu_s: Seconds | None = Field(
+        default=None, description="CPU time that sampling took on the host, seconds"
+    )
+    lowest_mem_available_bytes: Size | None = Field(
+        default=None, description="smallest MemAvailable of all rows"
+    )
+
+
+class HostView(Part):
+    """host.json: everything the host saw of one attempt."""
+
+    observations: list[Observation] = Field(
+        description="readings of the host: before_launch, each phase, after_exit"
+    )
+    outside: Outside = Field(description="the worker as seen from outside while it lived")
+    at_sizing: AtSizing | None = Field(
+        description="what of the treatment could be read back at the sizing moment; null: never reached"
+    )
+    wait: Wait = Field(description="the wait for memory before the attempt")
+    treatment: Treated = Field(description="what the treatment did and left")
+    exit_code: Size | None = Field(
+        description="exit status of the guest, 128 + n after signal n; null: unknown"
+    )
+    end: End = Field(description="how the container ended")
+    oom_kills: Size = Field(
+        description="kernel out-of-memory kills meanwhile: /proc/vmstat, or the container's own"
+    )
+    stopped_by: Literal["deadline", "watchdog", "interrupt"] | None = Field(
+        description="what of ours ended it; null: nothing"
+    )
+    duration_s: Seconds = Field(description="whole attempt, wait and treatment included, seconds")
+    samples: Samples = Field(description="the time series beside the record")
+
+
+# ---- record.json ------------------------------------------------------------------------------------------
+
+
+class Workload(Part):
+    requests: Size = Field(description="requests after the pool is sized; 0: the KV-only trial")
+    input_tokens: Size = Field(description="prompt tokens of each request")
+    output_tokens: Size = Field(description="tokens asked of each request")
+
+
+class GpuExposure(Part):
+    """How an isolated guest gets the GPU."""
+
+    exposure: Literal["request", "devices"] = Field(
+        description="request: the daemon's own way (--gpus); devices: driver files and device nodes, bound"
+    )
+    driver: str | None = Field(description="version of the driver whose files are bound; null: not bound")
+    devices: list[str] = Field(description="device nodes given")
+
+
+class ContentView(Part):
+    """What the worker ran on."""
+
+    python: str = Field(description="interpreter inside the environment")
+    variables: dict[str, str] = Field(description="environment variables that the content brings")
+    entrypoint: list[str] = Field(description="entrypoint of the image or tree, in front of the command")
+    root: str | None = Field(description="folder of the rootfs (chroot)")
+    mounts: list[Annotated[tuple[str, str, bool], Field(strict=False)]] = Field(
+        description="bound into it: [source, target, read-only]"
+    )
+    gpu: GpuExposure | None = Field(default=None, description="the GPU; null: the environment asks for none")
+    image_id: str | None = Field(description="image ID (docker)")
+    sha256: Sha256 | None = Field(description="content hash of the tree")
+    bound_sha256: Sha256 | None = Field(description="content hash of what is bound into it")
+
+
+class Verdict(Part):
+    kind: OutcomeKind = Field(description="what became of the attempt")
+    reason: str = Field(description="a short code for why")
+    message: str = Field(description="the same in words; empty for ok")
+
+
+class Record(Part):
+    """record.json: one attempt of one trial. Present means that the attempt is over; it is never rewritten.
+
+    `Store.records` adds `standing`: counts, open or superseded.
+    """
+
+    record_version: Annotated[int, Field(ge=1, le=1)] = Field(description="version of this format")
+    spark_ray_version: Word = Field(description="the program that wrote it")
+    run: Word = Field(description="name of the experiment")
+    block_id: Word = Field(description="one configuration x one repetition")
+    trial_id: Word = Field(description="BLOCK.ARM")
+    arm: Word = Field(description="environment and treatment, by the YAML's name")
+    attempt: Annotated[Size, Field(ge=1)] = Field(description="execution of the block, from 1")
+    position: Size = Field(description="place of the arm in the block's order, from 0")
+    configuration: dict[str, int | float] = Field(
+        description="max_batch_size, max_num_tokens (counts), memory_fraction (0 to 1)"
+    )
+    repetition: Size = Field(description="repetition of the configuration, from 0")
+    slot: Word = Field(description="where it was executed")
+    study_trial: int = Field(description="number of the block's trial in Optuna's study")
+    started_at: Stamp = Field(description="start of the attempt, wait included; UTC, ISO 8601")
+    ended_at: Stamp = Field(description="end of the attempt; UTC, ISO 8601")
+    engine: dict[str, Any] = Field(
+        description="engine settings of the arm, as the YAML's `engine`; sizes in bytes, durations in seconds"
+    )
+    workload: Workload = Field(description="the requests")
+    environment: dict[str, Any] = Field(
+        description="the arm's environment with all defaults, as the YAML's; sizes in bytes"
+    )
+    treatment: Treatment = Field(description="host state asked for")
+    content: ContentView = Field(description="what the worker ran on")
+    bundle_sha256: Sha256 = Field(description="hash of the worker's files as the run began")
+    command: list[str] = Field(description="how it was started; command.json has all of it")
+    result: Result | None = Field(
+        description="what the worker said; null: nothing that can be believed (result.json is kept)"
+    )
+    inside: list[Observation] = Field(description="readings of the worker, as far as it got")
+    host: HostView = Field(description="what the host saw")
+    outcome: Verdict = Field(description="what became of it")

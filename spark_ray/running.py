@@ -1,0 +1,335 @@
+"""One experiment: planned, begun or opened again, driven, reported."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import click
+from rich.console import Console
+
+from . import config, image, opening, reap
+from .cluster import one_local_node
+from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, RunError
+from .execute import Drive, LocalSlots, failed_share
+from .experiment import DockerEnvironment
+from .preview import Preview, preview, probe
+from .search import Search
+from .store import PLAN, Store
+from .terminal import Terminal, show_plan, show_summary
+
+logger = logging.getLogger("spark_ray")
+
+REPORT_LIMIT_S = 1800
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the experiment."""
+
+    out: Path | None = None
+    address: str | None = None
+    cluster: Path | None = None
+    local: bool = False
+    resume: bool = False
+    plan: bool = False
+    json: bool = False
+    max_blocks: int | None = None
+    max_time_s: float | None = None
+    verbose: bool = False
+    allow_roots: tuple[Path, ...] = ()
+
+    def enough(self) -> Callable[[int], bool]:
+        """Whether this process has begun as many blocks, or run as long, as it was told to."""
+        started = time.monotonic()
+
+        def ask(begun: int) -> bool:
+            late = self.max_time_s is not None and time.monotonic() - started >= self.max_time_s
+            return late or (self.max_blocks is not None and begun >= self.max_blocks)
+
+        return ask
+
+
+def run_folder(options: Options, name: str) -> Path:
+    """--out, or runs/NAME: a number is added to a new run whose name is taken; --resume takes the latest."""
+    if options.out is not None:
+        return options.out.absolute()
+    base = Path("runs").absolute()
+    taken = [base / name] + [base / f"{name}-{number}" for number in range(2, 10_000)]
+    used = 0
+    while taken[used].exists():
+        used += 1
+    if options.resume:
+        if used == 0:
+            raise RunError(
+                f"there is no run {taken[0]} to resume",
+                mend="leave out --resume, or name the folder with --out",
+            )
+        return taken[used - 1]
+    return taken[used]
+
+
+# ---- looking: no effect yet -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An experiment that can be read, what this host makes of it, and the folder its run has or will have."""
+
+    loaded: config.LoadedExperiment
+    plan: Preview
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.loaded.experiment.name
+
+
+def _allow_roots(path: Path, options: Options) -> list[str | Path]:
+    """--allow-root; a run that is resumed by its own file keeps the folders it was begun with."""
+    own = options.resume and path.with_name(PLAN).is_file()
+    return [*options.allow_roots, *(Store.read(path.parent).plan.get("allowed_roots", ()) if own else ())]
+
+
+def look(path: Path, overrides: tuple[str, ...], options: Options) -> Planned:
+    loaded = config.load_experiment(path, overrides, _allow_roots(path, options))
+    cluster = config.load_cluster(options.cluster) if options.cluster else one_local_node()
+    folder = run_folder(options, loaded.experiment.name)
+    return Planned(loaded, preview(loaded.experiment, cluster, probe(loaded.experiment)), folder)
+
+
+def check_address(options: Options) -> None:
+    if options.address:
+        from .actors import check_address
+
+        check_address(options.address)
+
+
+# ---- the run ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a drive ended, and what its records say."""
+
+    how: Literal["finished", "paused", "interrupted"]  # paused: by --max-blocks or --max-time
+    summary: dict[str, Any]
+    code: int
+
+
+def begin_or_resume(planned: Planned, options: Options) -> Store:
+    if options.resume and not Store.was_torn(planned.folder):
+        return opening.again(planned.folder, planned.loaded, planned.plan)
+    cluster = options.cluster.read_text(encoding="utf-8") if options.cluster else None
+    executor = "local" if options.local else "ray"
+    return opening.begin(planned.folder, planned.loaded, planned.plan, cluster=cluster, executor=executor)
+
+
+def _slots(store: Store, planned: Planned, options: Options, console: Console) -> Any:
+    experiment, arms = planned.loaded.experiment, planned.plan.executed
+    if options.local:
+        return LocalSlots(store.folder, experiment, arms)
+    from .actors import RaySlots
+
+    slots = RaySlots(store.folder, experiment, arms, options.address)
+    if slots.dashboard_url:
+        token = Path(sys.executable).parent / "ray"
+        console.print(
+            f"Ray dashboard  http://{slots.dashboard_url}  (its token: {token} get-auth-token)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return slots
+
+
+def _reap(folder: Path, plan: Preview, console: Console) -> None:
+    """What the last driver's death left of this run goes before anything is measured."""
+    wants_docker = any(
+        isinstance(plan.experiment.arms[arm].environment, DockerEnvironment) for arm in plan.executed
+    )
+    client = image.connect() if wants_docker else None
+    try:
+        for one in reap.leftovers(folder, client, driver=True):
+            reap.remove(one, client)
+            console.print(f"removed {one.kind} {one.name[:80]} of the last driver", highlight=False)
+    finally:
+        if client is not None:
+            client.close()
+
+
+@contextlib.contextmanager
+def _logging(folder: Path, *, verbose: bool) -> Iterator[None]:
+    """Log to run.log, and to standard error if asked."""
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / "run.log", encoding="utf-8")]
+    if verbose:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM: end the present attempts, keep everything; a second one is not waited for."""
+
+    def __init__(self, drive: Drive) -> None:
+        self.hit = False
+        self._drive = drive
+        self._old = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.hit:
+            raise KeyboardInterrupt
+        self.hit = True
+        self._drive.stop()
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _drive(
+    store: Store, planned: Planned, options: Options, console: Console
+) -> Literal["finished", "paused", "interrupted"]:
+    """Execute what is pending."""
+    experiment, arms = planned.loaded.experiment, planned.plan.executed
+    search = Search(experiment.search, seed=experiment.seed, journal=store.journal, name=experiment.name)
+    notes = [*opening.changes(store.plan), *opening.rebuild(store, search)]
+    for note in notes:
+        console.print(note, style="yellow", soft_wrap=True, markup=False)
+    interrupted = opening.recover(store, search, experiment)
+    done = sum(state.complete for state in map(store.state, store.blocks()))
+    if options.resume:
+        _reap(store.folder, planned.plan, console)
+    if not interrupted and len(store.blocks()) >= experiment.search.blocks:
+        return "finished"
+    console.print(f"preparing {', '.join(arms)} ...", highlight=False)
+    slots = _slots(store, planned, options, console)
+    terminal = Terminal(console, experiment.search.blocks, done, len(arms), quiet=options.json)
+    try:
+        with (
+            terminal,
+            _logging(store.folder, verbose=options.verbose),
+        ):  # a live panel takes standard error over first
+            for note in notes:
+                logger.warning("%s", note)
+            drive = Drive(store, experiment, arms, search, terminal, interrupted, enough=options.enough())
+            interrupt = _Interrupt(drive)
+            try:
+                drive.run(slots.slots)
+            finally:
+                interrupt.restore()
+        for block_id in drive.given_up:
+            times = experiment.limits.block_attempts
+            given_up = f"{block_id} was disturbed {times} times and given up; --resume tries it again"
+            console.print(given_up, style="yellow", soft_wrap=True)
+        return "interrupted" if interrupt.hit else "paused" if drive.paused else "finished"
+    finally:
+        slots.close()
+
+
+def execute(
+    store: Store, planned: Planned, options: Options, console: Console, *, report_apart: bool = False
+) -> Ended:
+    """Drive an open run and report it."""
+    how = _drive(store, planned, options, console)
+    summary = _report_apart(store.folder, console) if report_apart else _report(store.folder)
+    if summary and not options.json:
+        show_summary(console, summary, str(store.folder / "report.html"))
+    if how == "interrupted":
+        return Ended(how, summary, EXIT_INTERRUPTED)
+    failed, total = failed_share(store)
+    if total and failed / total > planned.loaded.experiment.limits.failed_share:
+        console.print(f"[red]{failed} of {total} trials failed: more than limits.failed_share allows[/red]")
+        return Ended(how, summary, EXIT_TOO_MANY_FAILURES)
+    return Ended(how, summary, EXIT_OK)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """Tables, summary and report from the records. pandas is loaded here, after the measuring."""
+    from analysis import report
+
+    summary: dict[str, Any] = report.write(folder)
+    return summary
+
+
+def _report_apart(folder: Path, console: Console) -> dict[str, Any]:
+    """The same by another process: pandas stays out of this one, and what fails there ends nothing here."""
+    command = [sys.executable, "-m", "analysis.report", str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=REPORT_LIMIT_S,
+            start_new_session=True,
+        )
+        said = done.stderr.strip().splitlines() or ["error: it ended early"]
+        error = next((line for line in said if line.startswith("error: ")), said[-1])
+        why = error.removeprefix("error: ") if done.returncode else None
+    except subprocess.TimeoutExpired as late:
+        why = str(late)
+    if why is not None:
+        text = f"no report of {folder}: {why}\n  mend: spark-ray report {folder}"
+        console.print(text, style="yellow", soft_wrap=True, markup=False)
+        return {}
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
+    """The main job. Returns the exit code; raises SparkRayError for what the user must mend."""
+    console = Console(stderr=options.json, highlight=False)
+    planned = look(path, overrides, options)
+    show_plan(console, planned.plan, str(planned.folder))
+    planned.plan.refuse_if_impossible()
+    if options.plan:
+        return EXIT_OK
+    check_address(options)
+    store = begin_or_resume(planned, options)
+    try:
+        ended = execute(store, planned, options, console)
+    finally:
+        store.close()
+    if ended.how != "finished":
+        line = resume_line([path], overrides, options, planned.folder)
+        kept = f"{ended.how}; everything measured is kept. Continue with:\n  {line}"
+        console.print(kept, soft_wrap=True, markup=False)
+    if options.json and ended.how != "interrupted":
+        click.echo(json.dumps(ended.summary))
+    return ended.code
+
+
+def resume_line(paths: Sequence[Path], overrides: tuple[str, ...], options: Options, folder: Path) -> str:
+    words = [sys.executable, "-m", "spark_ray.sweep", *map(str, paths)]
+    for override in overrides:
+        words += ["--set", override]
+    for folder_allowed in options.allow_roots:
+        words += ["--allow-root", str(folder_allowed)]
+    words += ["--resume", "--out", str(folder)]
+    if options.local:
+        words.append("--local")
+    if options.address:
+        words += ["--address", options.address]
+    return shlex.join(words)
