@@ -117,7 +117,8 @@ def _no_difference(found: Comparison) -> str:
         f"{percent(paired.mean)} ({_interval(paired, 1.0)})."
     )
     if found.equivalence_p is not None and found.equivalence_p < 1 - statistics.CONFIDENCE:
-        return f"{text} Equivalent within ±{percent(MARGIN)} (TOST p = {found.equivalence_p:.2g})."
+        sure = f"TOST p = {found.equivalence_p:.2g}" if paired.sd else "every block agrees exactly"
+        return f"{text} Equivalent within ±{percent(MARGIN)} ({sure})."
     return f"{text} That they are equivalent within ±{percent(MARGIN)} is not shown either: more blocks would tell."
 
 

@@ -81,7 +81,8 @@ class SlotRunner:
         known = sorted(p for p in self._model.rglob("*") if p.is_file()) if self._model else []
         self._treater = treatments.Treatments(self._root, folder / "scratch" / name, known)
         self._launcher = launch.Launcher(self._treater, self._client)
-        self._disturbed = [lost] if lost else []  # labels of attempts after which the engine has not been looked at
+        # Labels of attempts after which the engine has not been looked at.
+        self._disturbed = [lost] if lost else []
 
     def run(self, block: Block, arm: str, attempt: int) -> dict[str, str]:
         self._recover_engine()
