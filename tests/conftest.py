@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 TIERS = ("docs", "process", "root", "docker", "ray", "embedded", "browser", "gpu")
-_LIBRARIES = {"embedded": ("torch", "transformers"), "docs": ("sphinx", "myst_parser", "furo", "sphinx_click")}
+_LIBRARIES = {
+    "embedded": ("torch", "transformers"),
+    "docs": ("sphinx", "myst_parser", "furo", "sphinx_click"),
+}
 
 
 def _lack_of(tier: str) -> str | None:

@@ -92,7 +92,9 @@ def test_the_limited_arms_boundary_is_inside_the_space(quickstart):
     if len(store.blocks()) < 8 or "docker-limited" not in store.plan["arms"]:
         pytest.skip("not the whole quickstart")
     kinds = {
-        r["outcome"]["kind"] for r in store.records() if r["arm"] == "docker-limited" and r["standing"] == "counts"
+        r["outcome"]["kind"]
+        for r in store.records()
+        if r["arm"] == "docker-limited" and r["standing"] == "counts"
     }
     assert "ok" in kinds
     assert kinds & {"infeasible", "out_of_memory"}
