@@ -69,12 +69,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
     report = (yield).get_result()
-    for tier in TIERS:
-        if item.get_closest_marker(tier):
-            if report.when == "call" and report.passed:
-                item.config.ran[tier] += 1
-            if report.skipped:
-                item.config.skipped.append((tier, item.nodeid))
+    tiers = [tier for tier in TIERS if item.get_closest_marker(tier)]
+    lacking = [tier for tier in tiers if item.config.lacks[tier]]
+    if report.when == "call" and report.passed:
+        for tier in tiers:
+            item.config.ran[tier] += 1
+    if (
+        report.skipped
+    ):  # a test of several tiers is missing from those that the machine lacks, not from the others
+        item.config.skipped += [(tier, item.nodeid) for tier in lacking or tiers]
 
 
 def _broken_promises(config):

@@ -87,10 +87,10 @@ def test_a_memory_limit_bounds_the_pool_of_an_engine_that_reads_it(blocks):
 
 
 def test_the_limited_arms_boundary_is_inside_the_space(quickstart):
-    """Some configurations fit under the limit and some do not (needs the whole quickstart)."""
+    """Some configurations fit under the limit and some do not: the first of this seed does not."""
     store = Store.read(quickstart)
-    if len(store.blocks()) < 8 or "docker-limited" not in store.plan["arms"]:
-        pytest.skip("not the whole quickstart")
+    if "docker-limited" not in store.plan["arms"]:
+        pytest.skip("the run has no docker-limited arm: no Docker here")
     kinds = {
         r["outcome"]["kind"]
         for r in store.records()
