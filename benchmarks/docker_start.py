@@ -96,7 +96,7 @@ def command_line(start: Start) -> list[str]:
         f"--workdir={made['working_dir']}",
         f"--network={config['network_mode']}",
     ]
-    flags += [f"--volume={source}:{to['bind']}:{to['mode']}" for source, to in config["binds"].items()]
+    flags += [f"--volume={bind}" for bind in config["binds"]]
     flags += [f"--tmpfs={target}:{how}" for target, how in config["tmpfs"].items()]
     flags += [f"--env={name}={value}" for name, value in made["environment"].items()]
     flags += [f"--label={name}={value}" for name, value in made["labels"].items()]
