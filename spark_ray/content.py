@@ -51,7 +51,8 @@ def engine_problems(experiment: Experiment) -> list[Problem]:
     found = Version(importlib.metadata.version("transformers"))
     if not TRANSFORMERS.contains(found, prereleases=True):  # its cache and its settings change their names
         problems.append(Problem(f"engine embedded needs transformers {TRANSFORMERS}, found {found}", mend))
-    if experiment.engine.device == "cuda" and driver.find() is None:
+    on_gpu = any(experiment.engine_of(arm).needs_gpu for arm in experiment.arms)
+    if on_gpu and driver.find() is None:
         problems.append(_NO_DRIVER)
     return problems
 

@@ -78,7 +78,7 @@ def _required_arms(experiment: Experiment | None) -> dict[str, Arm]:
 
 
 def _wants_gpu(experiment: Experiment) -> bool:
-    on_gpu = (getattr(experiment.engine_of(name), "device", "cpu") == "cuda" for name in experiment.arms)
+    on_gpu = (experiment.engine_of(name).needs_gpu for name in experiment.arms)
     granted = (getattr(arm.environment, "gpus", None) for arm in experiment.arms.values())
     return any(on_gpu) or any(granted)
 

@@ -33,12 +33,19 @@ class EmbeddedEngine(Spec):
 
     @model_validator(mode="after")
     def _view_of_this_device(self) -> Self:
-        if self.device == "cuda" and self.memory_view not in {"memfree", "engine"}:
-            raise ValueError(
-                f"memory_view {self.memory_view} is of main memory; with device cuda it is memfree (what "
-                "cudaMemGetInfo calls free) or engine"
-            )
+        if self.misfit:
+            raise ValueError(self.misfit)
         return self
+
+    @property
+    def misfit(self) -> str | None:
+        """Why memory_view does not go with device."""
+        if self.device == "cpu" or self.memory_view in {"memfree", "engine"}:
+            return None
+        return (
+            f"memory_view {self.memory_view} is of main memory; with device cuda it is memfree (what "
+            "cudaMemGetInfo calls free) or engine"
+        )
 
     @property
     def needs_gpu(self) -> bool:
@@ -62,6 +69,10 @@ class FakeEngine(Spec):
     @property
     def needs_gpu(self) -> bool:
         return False
+
+    @property
+    def misfit(self) -> str | None:
+        return None
 
 
 Engine = Annotated[EmbeddedEngine | FakeEngine, Field(discriminator="kind")]

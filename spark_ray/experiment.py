@@ -290,13 +290,18 @@ class Experiment(Spec):
         if engine is not None:
             problems = [own_problems(engine, arm.engine, (name, "engine")) for name, arm in arms.items()]
             refuse([each for of_arm in problems for each in of_arm])
-            refuse(
-                [
-                    problem("engine.device is cuda: say gpus: all", (name, "environment"), None, ())
-                    for name, arm in arms.items()
-                    if with_own(engine, arm.engine).needs_gpu and not arm.environment.sees_gpu
-                ]
-            )
+            engines = {name: with_own(engine, arm.engine) for name, arm in arms.items()}
+            misfits = [
+                problem(made.misfit, (name, "engine"), arms[name].engine, ())
+                for name, made in engines.items()
+                if made.misfit
+            ]
+            blind = [
+                problem("engine.device is cuda: say gpus: all", (name, "environment"), None, ())
+                for name, made in engines.items()
+                if made.needs_gpu and not arms[name].environment.sees_gpu
+            ]
+            refuse(misfits + blind)
         return arms
 
     @field_validator("contrast")

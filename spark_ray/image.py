@@ -94,7 +94,7 @@ def try_flag(client: Any, image_id: str, settings: dict[str, Any]) -> str | None
 
 def no_such_program(refusal: str) -> bool:
     """Whether all that is wrong is that the image has no /bin/true: the daemon has granted the flags by then."""
-    return "executable file not found" in refusal or "no such file" in refusal
+    return "/bin/true" in refusal and ("executable file not found" in refusal or "no such file" in refusal)
 
 
 def remove_container(client: Any, container_id: str) -> None:

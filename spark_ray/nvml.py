@@ -102,34 +102,37 @@ class Reader:
             pynvml.nvmlShutdown()
             self._open, self._devices = False, []
 
-    def _ask(self, index: int, name: str) -> Any:
-        """An answer, or None with the reason kept: a refused question is not asked again, some take milliseconds."""
+    def _ask(self, index: int, name: str) -> tuple[Any, str | None]:
+        """(answer, None) or (None, why not). What a device does not support is not asked again: some ask for milliseconds."""
         refused = self._refused.setdefault(index, {})
         if name in refused:
-            return None
+            return None, refused[name]
         try:
-            return QUESTIONS[name](self._devices[index])
+            return QUESTIONS[name](self._devices[index]), None
         except pynvml.NVMLError as error:
-            refused[name] = str(error)
-            return None
+            if isinstance(error, pynvml.NVMLError_NotSupported):
+                refused[name] = str(error)
+            return None, str(error)
 
     def read(self) -> list[dict[str, Any]]:
         """One reading of every device, with what it refuses to answer."""
         readings = []
         for index in range(len(self._devices)):
             answers = {name: self._ask(index, name) for name in QUESTIONS}
-            reading = {"device": index} | {k: v for k, v in answers.items() if v is not None}
+            reading = {"device": index} | {
+                name: answer for name, (answer, why) in answers.items() if why is None
+            }
             if "throttle_reasons" in reading:
                 reading["throttle_reasons"] = throttle_names(reading["throttle_reasons"])
-            if self._refused[index]:
-                reading["absent"] = dict(self._refused[index])
+            if absent := {name: why for name, (_, why) in answers.items() if why is not None}:
+                reading["absent"] = absent
             readings.append(reading)
         return readings
 
     def sample(self) -> list[tuple[float | int | None, ...]]:
         """One row of SAMPLE_FIELDS per device: the cheap questions only."""
         return [
-            (time.monotonic(), index, *(self._ask(index, name) for name in _SAMPLED))
+            (time.monotonic(), index, *(self._ask(index, name)[0] for name in _SAMPLED))
             for index in range(len(self._devices))
         ]
 

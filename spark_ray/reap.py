@@ -28,8 +28,6 @@ from .environments.docker import LABEL_RUN, LABEL_TRIAL
 from .errors import SparkRayError
 
 LABEL_PURPOSE = "spark_ray.purpose"
-
-
 PROBE_AGE_S = 600  # a container that tries flags lives for seconds
 EXTRACT_AGE_S = 24 * 3600  # one that is being unpacked lives as long as its image is large
 

@@ -1,7 +1,7 @@
 """What record.json holds: `Record`, every field with its meaning, unit and source; the reference of records is made from it.
 
-Nothing at run time needs these models: the host writes records, `store.read_record` reads them tolerantly (also those
-of an older program), and tests hold that what is written is what is described here.
+At run time only `Observation` is used, for what a guest observed: the host writes records, `store.read_record` reads them
+tolerantly (also those of an older program), and tests hold that what is written is what is described here.
 """
 
 from __future__ import annotations

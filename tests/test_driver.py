@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
-from helpers import write_yaml
+from helpers import experiment_data, write_yaml
+from pydantic import ValidationError
 
-from spark_ray import content, driver, nvml, rootact, rootfs
+from spark_ray import content, driver, image, nvml, rootact, rootfs
 from spark_ray.environments import Content, Gpu, Site, chroot, docker
 from spark_ray.errors import UnavailableError
-from spark_ray.experiment import ChrootEnvironment, DockerEnvironment
+from spark_ray.experiment import ChrootEnvironment, DockerEnvironment, Experiment
 from spark_ray.store import Store
 
 
@@ -186,20 +187,12 @@ def test_without_a_driver_it_is_a_problem_of_the_plan(monkeypatch):
 # ---- NVML -------------------------------------------------------------------------------------------------
 
 
-class Refused(pynvml.NVMLError):
-    def __new__(cls, *_):
-        return Exception.__new__(cls)
-
-    def __str__(self):
-        return "Not Supported"
-
-
 @pytest.fixture
 def gb10(monkeypatch):
     """One device that answers as GB10 does: no device memory of its own, the rest as usual."""
 
     def refuse(*_):
-        raise Refused
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     process = SimpleNamespace(pid=7, usedGpuMemory=None)
     answers = {
@@ -237,6 +230,33 @@ def test_what_a_device_does_not_answer_is_absent_with_its_words_never_zero():
 
 
 @pytest.mark.usefixtures("gb10")
+def test_a_question_that_failed_once_is_asked_again(monkeypatch):
+    answers = iter([pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT), 5000])
+
+    def power(_):
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", power)
+    with nvml.Reader() as reader:
+        assert "power_w" in reader.read()[0]["absent"]
+        assert reader.read()[0]["power_w"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "only"),
+    [
+        ('exec: "/bin/true": stat /bin/true: no such file or directory', True),
+        ('exec: "/bin/true": executable file not found in $PATH', True),
+        ("nvidia-container-cli: libnvidia-ml.so.1: no such file or directory", False),
+    ],
+)
+def test_a_toolkit_that_breaks_is_not_an_image_without_true(refusal, only):
+    assert image.no_such_program(refusal) is only
+
+
+@pytest.mark.usefixtures("gb10")
 def test_unified_memory_is_the_hosts_and_counts_once():
     assert nvml.memory_bytes() == 0
 
@@ -253,3 +273,26 @@ def test_a_host_without_a_driver_says_why(monkeypatch):
     assert nvml.memory_bytes() == 0
     assert isinstance(nvml.fields(), str)
     nvml.memory_bytes.cache_clear()
+
+
+# ---- an arm of its own on the GPU -------------------------------------------------------------------------
+
+
+def embedded(memory_view="memfree", **own):
+    data = experiment_data() | {"model": {"random_llama": {}}}
+    data["engine"] = {"kind": "embedded", "memory_view": memory_view}
+    data["arms"]["b"]["engine"] = own
+    return data
+
+
+def test_a_view_of_main_memory_does_not_go_with_a_gpu_also_when_an_arm_sets_one_of_the_two():
+    assert Experiment.model_validate(embedded(device="cuda")).engine_of("b").needs_gpu
+    with pytest.raises(ValidationError, match="memory_view cgroup is of main memory"):
+        Experiment.model_validate(embedded("cgroup", device="cuda"))
+
+
+def test_one_arm_on_the_gpu_is_enough_to_need_a_driver(monkeypatch):
+    monkeypatch.setattr(driver, "find", lambda: None)
+    on_cpu, on_gpu = (Experiment.model_validate(embedded(**own)) for own in ({}, {"device": "cuda"}))
+    assert "no NVIDIA driver" not in str(content.engine_problems(on_cpu))
+    assert "no NVIDIA driver" in str(content.engine_problems(on_gpu))

@@ -42,6 +42,14 @@ class Bench:
         self.runner.run(self.block, arm, attempt)
         return read_record(self.store.attempt_folder(self.block.trial_id(arm), attempt) / RECORD)
 
+    def change_worker(self, module, old, new):
+        """Change the run's own copy of the worker, as if it had been begun with that."""
+        path = self.store.folder / "bundle" / protocol.PACKAGE / module
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        self.runner._bundle_sha256 = protocol.package_sha256(path.parent)
+
     def close(self):
         self.runner.close()
         self.store.close()
@@ -228,13 +236,9 @@ def test_a_worker_the_host_never_saw_is_not_believed(bench, monkeypatch):
 
 def test_nonsense_on_the_control_channel_is_only_noise(bench):
     one = bench()
-    main = one.store.folder / "bundle" / protocol.PACKAGE / "session.py"
-    text = main.read_text()
     shout = "        os.write(self._control, b'banner\\n@spark_ray\\n@spark_ray ready\\n@spark_ray ready x\\n@spark_ray phase\\n')\n"
-    main.write_text(
-        text.replace('        os.write(self._control, (" "', shout + '        os.write(self._control, (" "')
-    )
-    one.runner._bundle_sha256 = protocol.package_sha256(main.parent)
+    write = '        os.write(self._control, (" "'
+    one.change_worker("session.py", write, shout + write)
     record = one.run()
     assert record["outcome"]["kind"] == "ok", record["outcome"]
     assert "banner" in (one.store.attempt_folder(record["trial_id"], 1) / "worker.log").read_text()
@@ -283,13 +287,10 @@ def test_the_watchdog_ends_the_guest(bench):
 
 def test_grandchildren_do_not_outlive_the_worker(bench):
     one = bench()
-    engine = one.store.folder / "bundle" / protocol.PACKAGE / "engine_fake.py"
-    text = engine.read_text()
     spawn = "    import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True, env={'SPARK_RAY_TRIAL': str(talk.folder)})\n"
-    engine.write_text(
-        text.replace('    talk.phase("after_load")\n', spawn + '    talk.phase("after_load")\n')
-    )
-    one.run()
+    phase = '    talk.phase("after_load")\n'
+    one.change_worker("engine_fake.py", phase, spawn + phase)
+    assert one.run()["outcome"]["kind"] == "ok"
     assert guests_of(one.store.folder) == []
 
 

@@ -1,29 +1,19 @@
 """Several experiments into one folder: planned together, driven one after the other, continued and reported together."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import experiment_data, guests_of, wait_until, write_yaml
+from helpers import experiment_data, guests_of, spark_ray, wait_until, write_yaml
 from rich.console import Console
 
 from spark_ray import running
 from spark_ray.store import Store
 
 CRASHES = {"behaviour": "exit", "only_in_arm": "b"}
-
-
-def spark_ray(*arguments, **variables):
-    done = subprocess.run(
-        [sys.executable, "-m", "spark_ray", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL, env={**os.environ, **variables},
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def written(tmp_path, **experiments):
