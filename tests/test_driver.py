@@ -291,6 +291,7 @@ def test_a_view_of_main_memory_does_not_go_with_a_gpu_also_when_an_arm_sets_one_
         Experiment.model_validate(embedded("cgroup", device="cuda"))
 
 
+@pytest.mark.embedded
 def test_one_arm_on_the_gpu_is_enough_to_need_a_driver(monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
     on_cpu, on_gpu = (Experiment.model_validate(embedded(**own)) for own in ({}, {"device": "cuda"}))
