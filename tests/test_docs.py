@@ -28,7 +28,7 @@ from spark_ray.record import Record
 from spark_ray.worker import protocol
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")])
 DOCUMENTS = [*PAGES, *sorted(ROOT.glob("benchmarks/*.md"))]
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BUILD = "python -m sphinx -W --keep-going -n -b html docs build/docs"
@@ -135,6 +135,8 @@ def understand(words, folder):
             planned = [*arguments, *([] if "--plan" in arguments else ["--plan"])]
             done = run(sys.executable, "-m", "spark_ray.sweep", *planned, "--out", str(folder / "run"))
             assert done.returncode in (0, 3), done.stderr + done.stdout
+        case ["tar", "xJf", archive, "-C", _]:
+            assert (ROOT / archive).is_file()  # unpacked and reported in test_results.py
         case ["pip", *arguments]:
             _pip(arguments)
         case ["spark-ray", *_]:
