@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from spark_ray import content, image, store, worker
+from spark_ray.environment_spec import DockerEnvironment
 from spark_ray.environments import Content, Site, Start, docker
 from spark_ray.errors import UnavailableError
-from spark_ray.experiment import DockerEnvironment
 from spark_ray.guest import ContainerGuest
 from spark_ray.worker import protocol
 

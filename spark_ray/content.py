@@ -19,9 +19,10 @@ from packaging.version import Version
 
 from . import capabilities, driver, image, rootfs, roots
 from .engines import EmbeddedEngine, Model
+from .environment_spec import ChrootEnvironment, DockerEnvironment, NativeEnvironment
 from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Gpu, Problem, docker
 from .errors import InputError, UnavailableError
-from .experiment import ChrootEnvironment, DockerEnvironment, Experiment, NativeEnvironment
+from .experiment import Experiment
 
 TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
 """Versions whose paged cache the embedded engine reads; pyproject.toml says the same."""

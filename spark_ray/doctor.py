@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from . import capabilities, content, image, nvml, preview, rootfs
 from .cluster import one_local_node
+from .environment_spec import DockerEnvironment
 from .errors import InputError, SparkRayError, UnavailableError
-from .experiment import Arm, DockerEnvironment, Experiment
+from .experiment import Arm, Experiment
 from .rootact import RootActs
 from .units import GIB, format_bytes
 from .worker import observe

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from . import content, digest, image, launch, treatments
 from .divergence import contrast
+from .environment_spec import DockerEnvironment
 from .environments import Content, EnvironmentSpec, Site, docker
 from .errors import UnavailableError, WatchdogStop
-from .experiment import DockerEnvironment, Experiment
+from .experiment import Experiment
 from .outcome import ANSWERS, VOID
 from .plan import Block, make_block
 from .rootact import RootActs

@@ -18,10 +18,11 @@ from pydantic import (
     model_validator,
 )
 
+from .conditions import Limits, Treatment
 from .engines import EmbeddedEngine, Engine, FakeEngine, Model
+from .environment_spec import Environment
 from .spec import (
     NAME,
-    DurationS,
     Flag,
     Fraction,
     PlainName,
@@ -102,97 +103,7 @@ class Search(Spec):
     space: Space = Field(description="what is searched")
 
 
-# ---- arms -------------------------------------------------------------------------------------------------
-
-
-class NativeEnvironment(Spec):
-    kind: Literal["native"] = Field(description="a plain process of this host")
-
-    @property
-    def sees_gpu(self) -> bool:
-        return True
-
-
-class ChrootEnvironment(Spec):
-    kind: Literal["chroot"] = Field(description="another root folder, in its own mount namespace; as root")
-    rootfs: str = Field(
-        default="host", description='a folder, or "host": made from this interpreter (spark-ray rootfs build)'
-    )
-    python: str | None = Field(
-        default=None, description="interpreter inside; default: what the rootfs says, else python3"
-    )
-    gpus: Literal["all"] | None = Field(
-        default=None, description="bind the host's NVIDIA driver libraries into it; /dev is the host's anyway"
-    )
-
-    @property
-    def sees_gpu(self) -> bool:
-        return self.gpus is not None
-
-
-class DockerEnvironment(Spec):
-    """A container made through the Docker Engine API. Defaults are the tight ones; each key is one docker flag."""
-
-    kind: Literal["docker"]
-    image: str = Field(
-        default="host", description='an image present in the engine, or "host": made from the host rootfs'
-    )
-    python: str | None = Field(
-        default=None, description="interpreter inside; default: what the rootfs says, else python3"
-    )
-    memory: SizeBytes | None = Field(default=None, description="--memory: limit of its cgroup")
-    memory_swap: SizeBytes | None = Field(default=None, description="--memory-swap: memory plus swap")
-    shm_size: SizeBytes | None = Field(default=None, description="--shm-size: size of /dev/shm")
-    ipc: Literal["private", "host", "shareable", "none"] | None = Field(default=None, description="--ipc")
-    pid: Literal["host"] | None = Field(default=None, description="--pid: host, or a namespace of its own")
-    network: Literal["none", "host", "bridge"] = Field(default="none", description="--network")
-    cpuset_cpus: str | None = Field(default=None, description="--cpuset-cpus, such as 0-3")
-    cgroup_parent: str | None = Field(default=None, description="--cgroup-parent: the cgroup it is put under")
-    ulimits: dict[str, Annotated[int, Field(ge=-1, strict=True)]] = Field(
-        default_factory=dict, description="soft = hard limit by name; -1 is unlimited"
-    )
-    privileged: Flag = Field(default=False, description="--privileged: all capabilities and devices")
-    cap_add: tuple[str, ...] = Field(default=(), description="--cap-add: capabilities given")
-    cap_drop: tuple[str, ...] = Field(default=("ALL",), description="--cap-drop: capabilities taken away")
-    no_new_privileges: Flag = Field(default=True, description="no set-user-ID program gains anything")
-    read_only: Flag = Field(default=True, description="--read-only: its root file system")
-    gpus: Literal["all"] | None = Field(
-        default=None,
-        description="--gpus; where the daemon has no NVIDIA toolkit, the driver's libraries and device nodes",
-    )
-
-    @property
-    def sees_gpu(self) -> bool:
-        return self.gpus is not None
-
-
-Environment = Annotated[
-    NativeEnvironment | ChrootEnvironment | DockerEnvironment, Field(discriminator="kind")
-]
-
-
-class Fill(Spec):
-    fill: SizeBytes = Field(description="page cache to hold, filled right before the worker starts")
-
-
-PageCache = Annotated[
-    Annotated[Literal["drop", "keep", "advise"], Tag("value")] | Annotated[Fill, Tag("mapping")],
-    Discriminator(lambda value: "mapping" if shape(value) == "mapping" else "value"),
-]
-
-
-class Treatment(Spec):
-    """A state of the host, set and verified before each attempt. A key left out takes the strongest this user may."""
-
-    page_cache: PageCache | None = Field(
-        default=None,
-        description="drop all of it (root), advise the files known to this tool away, keep it as it is, or hold "
-        "a fill of a given size on top; default: drop as root, else advise and a warning",
-    )
-    per_cpu_pages: Literal["as_is", "drained"] | None = Field(
-        default=None,
-        description="free pages held in per-CPU lists, invisible to MemFree; default: drained as root, else as_is",
-    )
+# ---- arms -----------------------------------------------------------------------------------------------
 
 
 class Arm(Spec):
@@ -201,12 +112,20 @@ class Arm(Spec):
     engine: dict[str, Any] = Field(
         default_factory=dict, description="engine settings that differ in this arm"
     )
+    builds_on: PlainName | None = Field(
+        default=None,
+        description="the arm to which this one adds a single mechanism: a rung of a ladder, compared with that neighbour",
+    )
+    orchestrator: Literal["ray", "local"] | None = Field(
+        default=None,
+        description="execute this arm through a Ray cluster started for the attempt, or without any; default: as the run",
+    )
     required: Flag = Field(default=True, description="false: left out, and said so, where the host lacks it")
 
     @field_validator(
         "environment",
         mode="before",
-        json_schema_input_type=Literal["native", "chroot", "docker"] | Environment,
+        json_schema_input_type=Literal["native", "chroot", "isolated", "docker", "podman"] | Environment,
     )
     @classmethod
     def _shorthand(cls, value: object) -> object:
@@ -218,6 +137,33 @@ class Contrast(Spec):
     against: str = Field(description="the other one; less capacity is a positive contrast")
 
 
+class Prediction(Spec):
+    """What an arm's KV capacity should do, said beforehand; the report says held, not held or undecided.
+
+    Expected: times x memory_fraction x (the quantity in the arm - in the baseline), each read at the sizing moment.
+    """
+
+    arm: str = Field(description="the arm that is predicted")
+    baseline: str | None = Field(
+        default=None, description="compared with which arm; default: contrast.baseline"
+    )
+    quantity: Literal["page_cache", "fill", "ballast", "view_free", "none"] = Field(
+        description="what changes: page cache, the fill's resident bytes, the ballast's, what the memory view calls free "
+        "(a limit), or none: no effect is expected"
+    )
+    times: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = Field(
+        default=-1.0,
+        description="-1: each byte costs memory_fraction bytes of KV; 0: none; 1: each byte gives them",
+    )
+    share: Fraction = Field(default=0.02, description="tolerance as a share of the expected effect")
+    within: SizeBytes = Field(
+        default="32MiB",
+        validate_default=True,
+        description="tolerance in bytes, where that is more than the share",
+    )
+    because: str = Field(default="", description="why this is expected, in a sentence")
+
+
 # ---- the rest ---------------------------------------------------------------------------------------------
 
 
@@ -227,34 +173,6 @@ class Workload(Spec):
     requests: int = Field(default=4, ge=0, strict=True, description="requests sent at once; 0: KV only")
     input_tokens: PositiveInt = Field(default=16, description="length of each prompt")
     output_tokens: PositiveInt = Field(default=8, description="tokens generated for each")
-
-
-class Limits(Spec):
-    trial_timeout: DurationS = Field(
-        default="10min", gt=0, validate_default=True, description="a trial that takes longer is killed"
-    )
-    expected_trial: DurationS | None = Field(
-        default=None, description="how long one trial takes, for the plan's estimate"
-    )
-    memory_wait: DurationS = Field(
-        default="60s",
-        validate_default=True,
-        description="longest wait for memory to come back before an attempt",
-    )
-    memory_tolerance: SizeBytes = Field(
-        default="512MiB", validate_default=True, description="how far below the baseline counts as come back"
-    )
-    block_attempts: PositiveInt = Field(
-        default=3, description="how often a disturbed block is executed before it is given up"
-    )
-    failed_share: Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)] = Field(
-        default=0.2, description="failed trials beyond this: exit 4"
-    )
-    watchdog: SizeBytes = Field(
-        default="1GiB",
-        validate_default=True,
-        description="MemAvailable below this kills the guest and stops the run",
-    )
 
 
 class Experiment(Spec):
@@ -270,6 +188,9 @@ class Experiment(Spec):
     arms: dict[PlainName, Arm] = Field(min_length=2, description="what is compared, by name; at least two")
     contrast: Contrast | None = Field(
         default=None, validate_default=True, description="which two are compared"
+    )
+    predictions: tuple[Prediction, ...] = Field(
+        default=(), description="what is expected, held against what is measured"
     )
     limits: Limits = Field(default_factory=Limits, description="how long, how often, how much memory")
 
@@ -325,6 +246,37 @@ class Experiment(Spec):
         if contrast.baseline == contrast.against:
             raise ValueError("compares an arm with itself; for A/A give two arms the same content")
         return contrast
+
+    @field_validator("arms")
+    @classmethod
+    def _rungs(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        """Every `builds_on` names an arm above it, so that rungs form trees."""
+        before: list[str] = []
+        found = []
+        for name, arm in arms.items():
+            if arm.builds_on is not None and arm.builds_on not in before:
+                found.append(
+                    problem("is not an arm above this one", (name, "builds_on"), arm.builds_on, before)
+                )
+            before.append(name)
+        refuse(found)
+        return arms
+
+    @field_validator("predictions")
+    @classmethod
+    def _predicted_arms(
+        cls, predictions: tuple[Prediction, ...], info: ValidationInfo
+    ) -> tuple[Prediction, ...]:
+        names = list(info.data.get("arms", ()))
+        refuse(
+            [
+                problem(f"is not an arm (arms: {', '.join(names)})", (place, role), value, names)
+                for place, each in enumerate(predictions)
+                for role, value in (("arm", each.arm), ("baseline", each.baseline))
+                if names and value is not None and value not in names
+            ]
+        )
+        return predictions
 
     @model_validator(mode="after")
     def _known_culprit(self) -> Self:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, environments, guestfiles, host, nvml, outcome, receive, treatments
+from .conditions import Limits
 from .environments import EnvironmentSpec, Site
-from .experiment import Limits
 from .guest import ContainerGuest, Ended, EnvironmentLostError, Guest, ProcessGuest, StartError
 from .result import Asked
 from .store import RECORD, RECORD_VERSION, write_durably

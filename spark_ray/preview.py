@@ -7,10 +7,12 @@ from pathlib import Path
 
 from . import content, environments, image, treatments
 from .cluster import Cluster
+from .conditions import Fill
 from .engines import EmbeddedEngine
+from .environment_spec import DockerEnvironment
 from .environments import Offer, Problem
 from .errors import UnavailableError
-from .experiment import DockerEnvironment, Experiment, Fill
+from .experiment import Experiment
 from .plan import arm_order
 from .rootact import RootActs
 from .search import GP_MEND

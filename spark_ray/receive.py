@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from . import guestfiles
 from .explain import printable
-from .record import Observation
+from .observation import Observation
 from .result import KV_CACHE, Asked, Misfit, Result, misfits, problems
 
 MOST_BYTES = 16 << 20

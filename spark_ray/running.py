@@ -21,9 +21,9 @@ from rich.console import Console
 
 from . import config, image, opening, reap
 from .cluster import one_local_node
+from .environment_spec import DockerEnvironment
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, RunError
 from .execute import Drive, LocalSlots, failed_share
-from .experiment import DockerEnvironment
 from .preview import Preview, preview, probe
 from .search import Search
 from .store import PLAN, Store

@@ -58,7 +58,10 @@ def shape(value: object) -> str:
     return "list" if isinstance(value, list) else "value"
 
 
-def distinct(values: list[Any]) -> list[Any]:
+Items = TypeVar("Items", list[Any], tuple[Any, ...])
+
+
+def distinct(values: Items) -> Items:
     """Refuse a list that repeats itself: its levels would not be equally likely."""
     if len(set(values)) < len(values):
         raise ValueError("the list holds a value twice")

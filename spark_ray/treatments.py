@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .conditions import Fill, Treatment
 from .errors import RunError
-from .experiment import Fill, Treatment
 from .rootact import RootActs
 from .worker import observe
 

@@ -14,9 +14,10 @@ from helpers import experiment_data, write_yaml
 from pydantic import ValidationError
 
 from spark_ray import content, driver, image, nvml, rootact, rootfs
+from spark_ray.environment_spec import ChrootEnvironment, DockerEnvironment
 from spark_ray.environments import Content, Gpu, Site, chroot, docker
 from spark_ray.errors import UnavailableError
-from spark_ray.experiment import ChrootEnvironment, DockerEnvironment, Experiment
+from spark_ray.experiment import Experiment
 from spark_ray.store import Store
 
 

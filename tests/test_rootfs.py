@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from spark_ray import content as contents
 from spark_ray import rootact, rootfs, rootfs_host
+from spark_ray.environment_spec import ChrootEnvironment, NativeEnvironment
 from spark_ray.errors import InputError, UnavailableError
-from spark_ray.experiment import ChrootEnvironment, NativeEnvironment
 from spark_ray.rootfs import Mount, Rootfs, bound_sha256, content_sha256, load, save, unpack
 
 

@@ -15,8 +15,9 @@ from helpers import experiment, experiment_data
 from test_launch import ENVIRONMENTS, Bench
 from test_receive import believable
 
+from spark_ray.environment_spec import DockerEnvironment
 from spark_ray.environments import PASSED_VARIABLES
-from spark_ray.experiment import DockerEnvironment, Experiment
+from spark_ray.experiment import Experiment
 from spark_ray.store import RECORD, Store, read_record
 from spark_ray.worker import protocol
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..experiment import ChrootEnvironment, DockerEnvironment, NativeEnvironment
+from ..environment_spec import ChrootEnvironment, DockerEnvironment, NativeEnvironment
 
 ATTEMPT_INSIDE = "/spark_ray/attempt"
 BUNDLE_INSIDE = "/spark_ray/bundle"

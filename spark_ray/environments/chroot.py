@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import driver
-from ..experiment import ChrootEnvironment
+from ..environment_spec import ChrootEnvironment
 from . import (
     ATTEMPT_INSIDE,
     BUNDLE_INSIDE,

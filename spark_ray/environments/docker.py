@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..experiment import DockerEnvironment
+from ..environment_spec import DockerEnvironment
 from . import (
     ATTEMPT_INSIDE,
     BUNDLE_INSIDE,

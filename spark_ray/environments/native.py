@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..experiment import NativeEnvironment
+from ..environment_spec import NativeEnvironment
 from . import FRESH_HOME, Offer, Problem, Site, Start, worker_argv, worker_variables
 
 
