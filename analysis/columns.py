@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import frames, gpu
+from . import frames, gpu, host, sizing
 
 _MEMORY = {name: " + ".join(fields) for name, fields in frames.MEMORY.items()} | {
     "page_cache_bytes": "Cached + Buffers − Shmem",
@@ -20,9 +20,10 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "engine": "kind of engine",
         "block_index": "place of the block in the run, from 0",
         "treatment": "host state asked for, in words",
-        "setup": "environment, treatment and engine in words: equal for arms that are the same",
+        "setup": "environment, treatment, engine and executor in words: equal for arms that are the same",
         "fake": "true: no engine ran, the numbers mean nothing",
         "simulated": "true: capacities come from a formula",
+        "probe": "true: the sizing law over real memory, no inference engine ran",
         "sizing_per_cpu_free_bytes": "at the sizing moment: free pages in per-CPU lists",
         "sizing_own_anon_bytes": "at the sizing moment: anonymous memory of the worker's process tree",
         "sizing_other_anon_bytes": "at the sizing moment: AnonPages less the worker's own",
@@ -33,6 +34,8 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "mem_total_change_bytes": "largest less smallest MemTotal of all readings: 0 on a machine that keeps its memory",
         "outside_readable": "whether the host could look at the worker's root",
         **gpu.MEANINGS,
+        **sizing.MEANINGS,
+        **host.MEANINGS,
         **{f"sizing_{name}": f"at the sizing moment: {words}" for name, words in _MEMORY.items()},
     },
     "phases": {
@@ -72,8 +75,12 @@ SAMPLES = {
     "mem_free_bytes": "MemFree",
     "mem_available_bytes": "MemAvailable",
     "cached_bytes": "Cached + Buffers",
+    "anon_bytes": "AnonPages",
     "shmem_bytes": "Shmem",
     "per_cpu_free_bytes": "free pages in per-CPU lists, in no other counter",
+    "memory_stall_us": "some task waited for memory, since boot, microseconds",
     "cgroup_usage_bytes": "usage of the worker's group, page cache included; absent before and after its life",
+    "cgroup_anon_bytes": "anonymous memory of the worker's group",
+    "cgroup_file_bytes": "page cache of the worker's group",
 }
 """Columns of samples/*.parquet: the fields of samples.json."""

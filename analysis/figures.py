@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from spark_ray.outcome import ANSWERS
 from spark_ray.units import GIB, MIB
 
-from .contrasts import CONFIGURATION, TERMS
+from .contrasts import CONFIGURATION
 from .verdict import Comparison
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
@@ -26,7 +26,7 @@ _SYMBOLS = (
     "triangle-down",
     "star",
 )  # as many as are coprime to the colours
-_NEUTRAL = "#888888"
+NEUTRAL = "#888888"
 _PARTS = {
     "tree_pss_anon_bytes": ("the worker, anonymous", "#0072B2"),
     "other_anon_bytes": ("other processes, anonymous", "#56B4E9"),
@@ -69,7 +69,7 @@ def _gib(values: pd.Series) -> list[float | None]:
     return [None if pd.isna(value) else float(value) / GIB for value in values]
 
 
-def _finish(figure: go.Figure, height: int, above: int = 0, **layout: Any) -> go.Figure:
+def finish(figure: go.Figure, height: int, above: int = 0, **layout: Any) -> go.Figure:
     """Common looks. `above`: pixels between the panels and the legend, for panel titles."""
     legend = {
         "orientation": "h",
@@ -115,7 +115,7 @@ def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
     for _, block in sized.groupby("block_id", sort=False):
         figure.add_scatter(
             x=[safe(b) for b in block["block_id"]], y=_gib(block["kv_cache_bytes"]), mode="lines",
-            line={"color": _NEUTRAL, "width": 1}, showlegend=False, hoverinfo="skip",
+            line={"color": NEUTRAL, "width": 1}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     for arm in style.arms:
         mine, missing = (
@@ -146,7 +146,7 @@ def capacity(trials: pd.DataFrame, style: Style) -> Figure | None:
     )  # fmt: skip
     figure.update_yaxes(title="KV capacity (GiB)", rangemode="tozero")
     caption = "Each vertical line is one block: the same configuration in every arm, adjacent in time. A cross at zero is a block in which the arm had no capacity, an open one a block in which it failed; point at it for the reason."
-    return Figure("capacity", "KV capacity by block and arm", caption, _finish(figure, 460))
+    return Figure("capacity", "KV capacity by block and arm", caption, finish(figure, 460))
 
 
 def contrast(pairs: pd.DataFrame, comparisons: Sequence[Comparison], style: Style) -> Figure | None:
@@ -170,7 +170,7 @@ def contrast(pairs: pd.DataFrame, comparisons: Sequence[Comparison], style: Styl
             marker={"color": colour, "symbol": "line-ns-open", "size": 16, "line": {"width": 3}},
             error_x={"type": "data", "array": arms, "thickness": 3, "width": 7, "color": colour}, hovertemplate="mean %{x:.2f} %<extra></extra>",
         )  # fmt: skip
-        figure.add_vline(x=0, line={"color": _NEUTRAL, "dash": "dot"}, row=row, col=1)
+        figure.add_vline(x=0, line={"color": NEUTRAL, "dash": "dot"}, row=row, col=1)
     figure.update_xaxes(zeroline=False, ticksuffix=" %").update_yaxes(range=[-0.6, 1.6])
     figure.update_xaxes(title_text="KV capacity lacking against the baseline", row=len(shown), col=1)
     caption = "Right of the dotted zero: less capacity than the baseline. The bar is the 95 % t interval of the mean; one that covers zero shows no divergence. Each arm has its own scale."
@@ -178,7 +178,7 @@ def contrast(pairs: pd.DataFrame, comparisons: Sequence[Comparison], style: Styl
         "contrast",
         "Paired contrast by arm",
         caption,
-        _finish(figure, 90 + 130 * len(shown), margin={"l": 60, "r": 15, "t": 30, "b": 50}),
+        finish(figure, 90 + 130 * len(shown), margin={"l": 60, "r": 15, "t": 30, "b": 50}),
     )
 
 
@@ -198,7 +198,7 @@ def prediction(pairs: pd.DataFrame, style: Style) -> Figure | None:
         (-band, "dot", ""),
     ):
         figure.add_scatter(x=ends, y=[end + shift for end in ends], mode="lines", name=name, showlegend=bool(name),
-                           line={"color": _NEUTRAL, "dash": dash, "width": 1}, hoverinfo="skip")  # fmt: skip
+                           line={"color": NEUTRAL, "dash": dash, "width": 1}, hoverinfo="skip")  # fmt: skip
     for arm in style.arms:
         mine = rows[rows["arm"] == arm]
         if len(mine):
@@ -209,38 +209,8 @@ def prediction(pairs: pd.DataFrame, style: Style) -> Figure | None:
             )  # fmt: skip
     figure.update_xaxes(title="predicted by page cache: −fraction × Δcache (GiB)", zeroline=False)
     figure.update_yaxes(title="measured ΔKV (GiB)", zeroline=False)
-    caption = "On the line, page cache at the sizing moment explains the whole difference. Off it, other memory moved too; the decomposition says which."
-    return Figure("prediction", "Predicted and measured difference", caption, _finish(figure, 460))
-
-
-def decomposition(found: Comparison) -> Figure | None:
-    """Mean difference in KV as a sum of the law's terms."""
-    if found.delta_bytes is None or not found.terms:
-        return None
-    large = {name: size for name, size in found.terms.items() if abs(size) >= 0.5 * MIB}
-    small = found.delta_bytes - sum(large.values())
-    names = [TERMS[name].split(" (")[0] for name in large] + ["all smaller terms", "measured ΔKV"]
-    sizes = [*large.values(), small, 0.0]
-    figure = go.Figure(go.Waterfall(
-        orientation="h", y=names, x=[size / GIB for size in sizes], measure=["relative"] * (len(sizes) - 1) + ["total"],
-        text=[f"{size / MIB:+.1f} MiB" for size in [*sizes[:-1], found.delta_bytes]], textposition="auto", cliponaxis=False,
-        decreasing={"marker": {"color": "#D55E00"}}, increasing={"marker": {"color": "#009E73"}}, totals={"marker": {"color": _NEUTRAL}},
-        connector={"line": {"color": _NEUTRAL, "width": 1}}, hovertemplate="%{y}: %{text}<extra></extra>",
-    ))  # fmt: skip
-    levels = [sum(sizes[:place]) / GIB for place in range(len(sizes))]
-    pad = 0.25 * (max(levels) - min(levels))  # room for the labels
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(
-        title="difference in KV capacity (GiB), mean over blocks",
-        range=[min(levels) - pad, max(levels) + pad],
-    )
-    caption = f"From {found.baseline} to {found.arm}, along the engine's sizing law. Orange takes capacity away, green gives it; the terms add up to the grey bar exactly."
-    return Figure(
-        "decomposition",
-        "The difference, term by term",
-        caption,
-        _finish(figure, 130 + 42 * len(names), showlegend=False, margin={"l": 10, "r": 15, "t": 20, "b": 50}),
-    )
+    caption = "On the line, page cache at the sizing moment explains the whole difference. Off it, other memory moved too; the attribution says which."
+    return Figure("prediction", "Predicted and measured difference", caption, finish(figure, 460))
 
 
 def phases(table: pd.DataFrame, block_id: str, style: Style) -> Figure | None:
@@ -271,7 +241,7 @@ def phases(table: pd.DataFrame, block_id: str, style: Style) -> Figure | None:
         "phases",
         "Memory at each phase",
         caption,
-        _finish(figure, 140 + 280 * lines, above=35, margin={"l": 60, "r": 15, "t": 100, "b": 60}),
+        finish(figure, 140 + 280 * lines, above=35, margin={"l": 60, "r": 15, "t": 100, "b": 60}),
     )
 
 
@@ -301,7 +271,7 @@ def timeline(
         if len(sizing):
             figure.add_scatter(
                 x=[float(sizing["monotonic_s"].iloc[-1]) - start], y=_gib(sizing["mem_free_bytes"].iloc[-1:]), mode="markers", legendgroup=arm,
-                showlegend=False, marker={"color": colour, "symbol": style.symbol(arm), "size": 11, "line": {"color": _NEUTRAL, "width": 1}},
+                showlegend=False, marker={"color": colour, "symbol": style.symbol(arm), "size": 11, "line": {"color": NEUTRAL, "width": 1}},
                 hovertemplate="sizing: %{y:.2f} GiB free", row=1, col=1,
             )  # fmt: skip
     if not figure.data:
@@ -311,7 +281,7 @@ def timeline(
     )
     figure.update_xaxes(title_text="seconds since the worker was started", row=2, col=1)
     caption = f"Block {block_id}: what the host saw while each arm ran. The marker is the moment at which the engine read free memory and sized its pool."
-    return Figure("timeline", "Host memory over time", caption, _finish(figure, 520))
+    return Figure("timeline", "Host memory over time", caption, finish(figure, 520))
 
 
 def representative(pairs: pd.DataFrame, against: str) -> str | None:

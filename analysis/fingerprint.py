@@ -7,18 +7,38 @@ such, so that they cannot pass for a difference between arms.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from spark_ray.environments import ATTEMPT_INSIDE, BUNDLE_INSIDE, CACHE_INSIDE, RUN_VARIABLE
 
 from .frames import words
 from .reading import Record, at, text
 
 ABSENT = "–"
-_EXPECTED = ("namespaces.", "root", "cgroup", "pid", "variable.HOSTNAME", "variable.SPARK_RAY_TRIAL", "arm.")
+_EXPECTED = (
+    "namespaces.",
+    "root",
+    "cgroup",
+    "pid",
+    "variable.HOSTNAME",
+    "variable.SPARK_RAY_TRIAL",
+    "arm.",
+    "gpu.",
+)
 """Prefixes of what an environment is made of: these may differ, or there would be no arms."""
+_ENVIRONMENT = "arm.environment"
 _IDENTIFIER = re.compile(r"\b[0-9a-f]{12}\b|\b[0-9a-f]{64}\b|\[\d{10}\]")
 _NAMED_BY_CHANCE = ("cgroup", "variable.", "namespaces.")
+_MADE_OF = ("mounts",)
+"""What an environment is made of as well, but is nobody's name: expected to differ only where environments do."""
+_OWN_FOLDERS = (
+    ("/bundle", BUNDLE_INSIDE),
+    ("/trials/[^/]+/[0-9]+", ATTEMPT_INSIDE),
+    ("/scratch/[^/]+/compile-cache/[^/]+/[^/:]+", CACHE_INSIDE),
+)
+"""Folders of the run that isolated workers find at one place and native ones where the run is: their names say nothing."""
 _RECORDED = {
     "content.image_id": ("content", "image_id"),
     "content.sha256": ("content", "sha256"),
@@ -29,7 +49,12 @@ _RECORDED = {
     "arm.treatment": ("treatment",),
     "workload": ("workload",),
     "engine.settings": ("engine",),
+    "executor": ("executor",),
+    "model.weight_bytes": ("result", "measurements", "model", "weight_bytes"),
+    "gpu.driver": ("content", "gpu", "driver"),
+    "gpu.exposure": ("content", "gpu", "exposure"),
 }
+_LISTED = 12  # of many: named in a cell
 
 
 @dataclass(frozen=True)
@@ -51,41 +76,83 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, _IDENTIFIER.sub("<id>", shown) if prefix.startswith(_NAMED_BY_CHANCE) else shown
 
 
+def _placed(value: str, run: str | None) -> str:
+    """A value in which this run's own folders stand where every isolated worker finds them."""
+    for folder, inside in _OWN_FOLDERS if run else ():
+        value = re.sub(f"{re.escape(run or '')}{folder}(?![^/:])", inside, value)
+    return value
+
+
 def _properties(record: Record) -> dict[str, str]:
     evidence, found = at(record, "result", "evidence"), dict[str, str]()
+    run = text(at(evidence, "environment", RUN_VARIABLE))
     renamed = {"environment": "variable", "status": "process"}
     for key, value in evidence.items() if isinstance(evidence, Mapping) else ():
-        if key != "libraries":
+        if key not in {"libraries", "mounts"}:
             found |= _flat(renamed.get(key, text(key) or ""), value)
     found |= _flat("engine", at(record, "result", "measurements", "engine"))
     for name, path in _RECORDED.items():
         found |= _flat(name, at(record, *path))
+    return {name: _placed(value, run) for name, value in found.items()}
+
+
+# ---- sets: libraries and mounts ---------------------------------------------------------------------------
+
+
+def _strings(value: Any) -> list[str]:
+    return [text(each) or "" for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
+def _bound(record: Record) -> dict[str, str]:
+    """What is bound into the environment: target to source."""
+    mounts = at(record, "content", "mounts")
+    rows = [each for each in mounts if isinstance(each, list | tuple)] if isinstance(mounts, list) else []
+    return {
+        row[1]: row[0] for row in rows if len(row) >= 2 and all(isinstance(each, str) for each in row[:2])
+    }
+
+
+def _source(path: str, bound: Mapping[str, str]) -> str | None:
+    """The host's own path of a file that is bound into the environment; None where it is not."""
+    for target in sorted(bound, key=len, reverse=True):
+        if path == target or path.startswith(f"{target}/"):
+            return bound[target] + path.removeprefix(target)
+    return None
+
+
+def _libraries(record: Record) -> set[str]:
+    """Loaded libraries, those that are bound into the environment by the host's own path: they are the same files."""
+    bound = _bound(record)
+    return {_source(path, bound) or path for path in _strings(at(record, "result", "evidence", "libraries"))}
+
+
+def _mounts(record: Record) -> set[str]:
+    """Mounts by target, type and options; a source is a name of the host's, and often made by chance."""
+    found, listed = set(), at(record, "result", "evidence", "mounts")
+    for each in listed if isinstance(listed, list) else ():
+        target, kind, options = (words(at(each, name)) for name in ("target", "type", "options"))
+        found.add(_IDENTIFIER.sub("<id>", f"{target} ({kind}; {options})"))
     return found
 
 
-def _libraries(records: Iterable[Record]) -> set[str]:
-    found: set[str] = set()
-    for record in records:
-        listed = at(record, "result", "evidence", "libraries")
-        found |= (
-            {text(each) or "" for each in listed if isinstance(each, str)}
-            if isinstance(listed, list)
-            else set()
-        )
-    return found
-
-
-def _library_row(by_arm: Mapping[str, Sequence[Record]]) -> Row | None:
-    loaded = [_libraries(records) for records in by_arm.values()]
-    common = set.intersection(*loaded) if loaded else set()
-    if not any(loaded):
+def _set_row(
+    name: str, noun: str, read: Callable[[Record], set[str]], by_arm: Mapping[str, Sequence[Record]]
+) -> Row | None:
+    """A property that is a set: of all that any trial of an arm had."""
+    seen = [set().union(*map(read, records)) for records in by_arm.values()]
+    if not any(seen):
         return None
+    common = set.intersection(*seen)
     values = tuple(
-        f"{len(each)} libraries"
-        + (f"; only here or not everywhere: {', '.join(sorted(each - common)[:12])}" if each - common else "")
-        for each in loaded
+        f"{len(each)} {noun}"
+        + (
+            f"; only here or not everywhere: {', '.join(sorted(each - common)[:_LISTED])}"
+            if each - common
+            else ""
+        )
+        for each in seen
     )
-    return Row("libraries", values, any(each != common for each in loaded), expected=False)
+    return Row(name, values, any(each != common for each in seen), expected=False)
 
 
 def _value(seen: list[dict[str, str]], name: str) -> str:
@@ -112,18 +179,20 @@ def compare(records: Iterable[Record], arms: Sequence[str]) -> list[Row]:
         values = tuple(_value(seen[arm], name) if arm in seen else ABSENT for arm in arms)
         known = {value for arm, value in zip(arms, values, strict=True) if arm in seen}
         rows.append(Row(name, values, len(known) > 1, name.startswith(_EXPECTED)))
-    libraries = _library_row(by_arm)
-    if libraries is not None:
-        filled = dict(zip(by_arm, libraries.values, strict=True))
-        rows.append(
-            Row(
-                libraries.name,
-                tuple(filled.get(arm, ABSENT) for arm in arms),
-                libraries.differs,
-                expected=False,
-            )
-        )
+    for made in (
+        _set_row("libraries", "libraries", _libraries, by_arm),
+        _set_row("mounts", "mounts", _mounts, by_arm),
+    ):
+        if made is not None:
+            filled = dict(zip(by_arm, made.values, strict=True))
+            values = tuple(filled.get(arm, ABSENT) for arm in arms)
+            rows.append(Row(made.name, values, made.differs, _made_of(made.name, rows)))
     return sorted(rows, key=lambda row: (not row.differs, row.expected, row.name))
+
+
+def _made_of(name: str, rows: Sequence[Row]) -> bool:
+    """Whether a property may differ because the arms are different environments."""
+    return name in _MADE_OF and any(row.name.startswith(_ENVIRONMENT) and row.differs for row in rows)
 
 
 def rivals(rows: Sequence[Row], arms: Sequence[str], baseline: str, against: str) -> list[Row]:
@@ -133,4 +202,10 @@ def rivals(rows: Sequence[Row], arms: Sequence[str], baseline: str, against: str
     pair = arms.index(baseline), arms.index(against)
     if any(all(row.values[place] == ABSENT for row in rows) for place in pair):
         return []
-    return [row for row in rows if not row.expected and row.values[pair[0]] != row.values[pair[1]]]
+    differ = {row.name for row in rows if row.differs and row.values[pair[0]] != row.values[pair[1]]}
+    same_place = not any(name.startswith(_ENVIRONMENT) for name in differ)
+    return [
+        row
+        for row in rows
+        if row.name in differ and (not row.expected or (same_place and row.name in _MADE_OF))
+    ]

@@ -16,7 +16,7 @@ import pandas as pd
 from spark_ray.store import Store
 from spark_ray.units import format_bytes
 
-from . import gpu
+from . import gpu, host, sizing
 from .reading import COUNT, FLAG, NUMBER, READ, TEXT, Record, at, count, number, observations, pick, text
 
 TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -37,6 +37,7 @@ TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "memory_fraction": (NUMBER, ("configuration", "memory_fraction")),
     "environment": (TEXT, ("environment", "kind")),
     "engine": (TEXT, ("engine", "kind")),
+    "executor": (TEXT, ("executor",)),
     "engine_version": (TEXT, ("result", "measurements", "engine", "version")),
     "spark_ray_version": (TEXT, ("spark_ray_version",)),
     "kv_cache_bytes": (COUNT, ("result", "measurements", "kv_cache", "bytes")),
@@ -73,7 +74,7 @@ TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "lowest_mem_available_bytes": (COUNT, ("host", "samples", "lowest_mem_available_bytes")),
 }
 _TRIAL_DERIVED = {
-    "block_index": COUNT, "treatment": TEXT, "setup": TEXT, "fake": FLAG, "simulated": FLAG,
+    "block_index": COUNT, "treatment": TEXT, "setup": TEXT, "fake": FLAG, "simulated": FLAG, "probe": FLAG,
     "sizing_per_cpu_free_bytes": COUNT, "sizing_own_anon_bytes": COUNT, "sizing_other_anon_bytes": COUNT,
     "peak_memory_bytes": COUNT, "peak_memory_source": TEXT, "cgroup_peak_bytes": COUNT, "swap_used_bytes": COUNT,
     "mem_total_change_bytes": COUNT, "outside_readable": FLAG,
@@ -86,6 +87,7 @@ MEMORY = {
     "shmem_bytes": ("Shmem",),
     "anon_bytes": ("AnonPages",),
     "kernel_bytes": ("Slab", "KernelStack", "PageTables", "Percpu"),
+    "huge_pages_bytes": ("Hugetlb",),
 }
 """Columns as sums of meminfo fields. The kernel counts Shmem in Cached; `page_cache_bytes` is without it."""
 PHASE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -162,19 +164,21 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
     # Before and after the worker lives, the host reads its own group.
     live = [seen for seen in outside if seen.get("phase") not in ("before_launch", "after_exit")]
     groups = [size for seen in live if (size := count(at(seen, "cgroup", "peak_bytes"))) is not None]
-    sizing: Any = next((seen for seen in reversed(inside) if seen.get("phase") == "sizing"), None)
-    memory = memory_terms(at(record, "result", "measurements", "sizing", "meminfo"))
-    own = count(at(sizing, "tree", "pss_anon_bytes"))
+    seen = sizing.at_sizing(record, "inside")
+    memory = memory_terms(sizing.reading(record))
+    own = count(at(seen, "tree", "pss_anon_bytes"))
+    lists = count(at(record, "result", "measurements", "sizing", "per_cpu_free_bytes"))  # beside that meminfo
     peak, source = _peak(record)
     evidence = at(record, "host", "outside")
     return {
         "block_index": indices.get(text(record.get("block_id")) or ""),
         "treatment": words(record.get("treatment")),
-        "setup": words([record.get("environment"), record.get("treatment"), record.get("engine")]),
+        "setup": words([record.get(part) for part in ("environment", "treatment", "engine", "executor") if part in record]),
         "fake": at(record, "engine", "kind") == "fake" or at(record, "result", "measurements", "engine", "fake") is True,
         "simulated": at(record, "engine", "kind") == "simulated",
+        "probe": at(record, "engine", "kind") == "probe",
         **{f"sizing_{name}": value for name, value in memory.items()},
-        "sizing_per_cpu_free_bytes": count(at(sizing, "per_cpu_free_bytes")),
+        "sizing_per_cpu_free_bytes": count(at(seen, "per_cpu_free_bytes")) if lists is None else lists,
         "sizing_own_anon_bytes": own,
         "sizing_other_anon_bytes": _difference(memory["anon_bytes"], own),
         "peak_memory_bytes": peak,
@@ -184,12 +188,15 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
         "mem_total_change_bytes": max(totals) - min(totals) if totals else None,
         "outside_readable": "root" in evidence if isinstance(evidence, Mapping) and evidence else None,
         **gpu.of_record(record),
+        **sizing.of_record(record),
+        **host.of_record(record),
     }  # fmt: skip
 
 
 def trials(records: Iterable[Record], indices: Mapping[str, int]) -> pd.DataFrame:
     """One row per attempt. `indices`: place of each block in the run, by block id."""
     kinds = {name: kind for name, (kind, _) in TRIAL.items()} | _TRIAL_DERIVED | gpu.COLUMNS
+    kinds |= sizing.COLUMNS | host.COLUMNS
     kinds |= {f"sizing_{name}": COUNT for name in _PHASE_DERIVED}
     return table((pick(record, TRIAL) | _derived(record, indices) for record in records), kinds)
 

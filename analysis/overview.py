@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import audit, report
+from . import report
+from .findings import SEVERITIES
 from .reading import at
 
 PAGE = "index.html"
@@ -26,7 +27,7 @@ def _row(run: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": summary["verdict"],
         "blocks": dict(summary["blocks"]),
         **{kind: sum(arm[kind] for arm in arms) for kind in ("ok", "no_capacity", "failed")},
-        "findings": {severity: severities.count(severity) for severity in audit.SEVERITIES},
+        "findings": {severity: severities.count(severity) for severity in SEVERITIES},
     }
 
 

@@ -65,7 +65,11 @@ def paired(differences: Sequence[float]) -> Paired:
         return Paired(1, mean, median, hodges_lehmann=mean, note="no interval from one block")
     location = hodges_lehmann(differences)
     if np.ptp(values) <= 1e-12 * np.abs(values).max():  # all equal: a t statistic would be 0/0 or infinite
-        note = "all blocks agree exactly: the spread, and so the interval, is zero"
+        note = (
+            f"0 of {n} blocks differ"
+            if not values.any()
+            else "all blocks agree exactly: the spread, and so the interval, is zero"
+        )
         return Paired(n, mean, median, 0.0, mean, mean, hodges_lehmann=location, note=note)
     test = stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(CONFIDENCE)

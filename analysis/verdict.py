@@ -8,8 +8,8 @@ import pandas as pd
 
 from spark_ray.units import format_bytes
 
-from . import statistics
-from .contrasts import TERMS
+from . import attribution, noise, statistics
+from .attribution import PAGE_CACHE, TERMS, Attribution
 
 _EXPLAINED = 0.25  # a cause is named as the cause when it leaves at most this share of the difference open
 MARGIN = 0.02
@@ -24,11 +24,12 @@ class Comparison:
     baseline: str
     contrast: statistics.Paired  # 1 - KV(arm) / KV(baseline)
     equivalence_p: float | None
+    baseline_bytes: float | None  # mean KV capacity of the baseline
     delta_bytes: float | None  # mean
     predicted_bytes: float | None  # mean, by page cache alone; only over blocks that have a prediction
     unpredicted_bytes: float | None
     worst_unpredicted_bytes: float | None
-    terms: dict[str, float]  # mean bytes; a term that was never read is absent
+    attribution: Attribution
     complete_blocks: int
     without_capacity: dict[str, int]  # blocks, by arm
 
@@ -42,13 +43,12 @@ def comparison(pairs: pd.DataFrame, arm: str, baseline: str) -> Comparison:
     rows = pairs[pairs["arm"] == arm]
     both = rows[rows["contrast"].notna()]
     values = [float(value) for value in both["contrast"]]
-    terms = {name: mean for name in TERMS if (mean := _mean(both[f"term_{name}_bytes"])) is not None}
     unpredicted = both["unpredicted_bytes"].dropna()
     none = {"infeasible", "out_of_memory"}
     return Comparison(
         arm, baseline, statistics.paired(values), statistics.equivalence_p(values, MARGIN),
-        _mean(both["delta_kv_cache_bytes"]), _mean(both["predicted_delta_bytes"]), _mean(unpredicted),
-        float(unpredicted.abs().max()) if len(unpredicted) else None, terms, len(rows),
+        _mean(both["baseline_kv_cache_bytes"]), _mean(both["delta_kv_cache_bytes"]), _mean(both["predicted_delta_bytes"]), _mean(unpredicted),
+        float(unpredicted.abs().max()) if len(unpredicted) else None, attribution.attribute(both), len(rows),
         {arm: int(rows["outcome"].isin(none).sum()), baseline: int(rows["baseline_outcome"].isin(none).sum())},
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def percent(value: float | None) -> str:
 
 
 def _interval(paired: statistics.Paired, sign: float) -> str:
-    if paired.low is None or paired.high is None:
+    if paired.low is None or paired.high is None or paired.sd == 0:
         return paired.note
     low, high = sorted((sign * paired.low, sign * paired.high))
     return f"95 % interval {percent(low)} to {percent(high)}"
@@ -78,10 +78,13 @@ def _blocks(count: int) -> str:
 
 def _because(found: Comparison) -> str:
     """Which term of the law the difference comes from, and what page cache alone predicts."""
-    delta = found.delta_bytes
-    if delta is None or not found.terms or delta == 0:
+    delta, parts = found.delta_bytes, found.attribution
+    if delta is None or not parts.terms or delta == 0:
         return ""
-    name, size = max(found.terms.items(), key=lambda item: item[1] / delta)
+    cache = parts.mean(*PAGE_CACHE)
+    means = {name: parts.mean(name) or 0.0 for name in parts.terms if name not in PAGE_CACHE}
+    means |= {"page_cache": cache} if cache is not None else {}
+    name, size = max(means.items(), key=lambda item: item[1] / delta)
     if found.predicted_bytes is not None and found.unpredicted_bytes is not None and name == "page_cache":
         cause = (
             "It comes from page cache"
@@ -92,11 +95,14 @@ def _because(found: Comparison) -> str:
             f" {cause}: −fraction × Δ page cache predicts {format_bytes(abs(found.predicted_bytes))} "
             f"{'less' if found.predicted_bytes < 0 else 'more'}, which leaves {format_bytes(abs(found.unpredicted_bytes))} of the mean to other memory."
         )
-    if found.predicted_bytes is None and name == "view":
+    if name == "rest":
+        return " No term that was read explains it."
+    if name == "view" and abs(delta - size) <= _EXPLAINED * abs(delta):
         return (
             f" It is what each arm's memory view counts as free, such as a limit: {format_bytes(abs(size))}."
         )
-    return f" The largest term is {TERMS[name]}: {format_bytes(abs(size))}."
+    cause = "It comes from" if abs(delta - size) <= _EXPLAINED * abs(delta) else "The largest term is"
+    return f" {cause} {TERMS.get(name, 'page cache')}: {format_bytes(abs(size))}."
 
 
 def _difference(found: Comparison) -> str:
@@ -148,3 +154,18 @@ def sentence(found: Comparison, noise_floor: float | None = None) -> str:
     else:
         text = _no_difference(found)
     return text + _capacity_only_in_one(found)
+
+
+def noise_sentence(twin: noise.Twin) -> str:
+    """What two equal arms of this run say about its noise."""
+    found = twin.contrast
+    pair = f"{twin.baseline} and {twin.arm} are the same (A/A)"
+    if found.n < 2:
+        return f"Noise floor: not known, {pair} but share {_blocks(found.n)}."
+    if found.sd == 0:
+        return f"Noise floor: {percent(twin.floor)}: {pair} and the contrast is the same in all of {_blocks(found.n)}."
+    shown = "yet they diverge" if found.excludes_zero else "no divergence is declared"
+    return (
+        f"Noise floor: {percent(twin.floor)} (largest bound of the contrast): {pair}, {shown}, standard deviation {percent(found.sd)} a block; "
+        f"{_blocks(found.n)} like these show a contrast of {percent(twin.detectable)} with 80 % power."
+    )

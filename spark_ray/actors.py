@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import tether
+from . import footprint, tether
 from .errors import SparkRayError, UnavailableError
 from .execute import Slot, SlotLost, SlotRunner
 from .experiment import Experiment
@@ -31,11 +31,12 @@ _READY_TIMEOUT_S = 300
 class SlotActor:
     """What runs on the slot's node. `lost`: the attempt in which its predecessor died."""
 
-    def __init__(self, folder: str, arms: Sequence[str], name: str, lost: str | None) -> None:
+    def __init__(self, folder: str, arms: Sequence[str], driver: str, name: str, lost: str | None) -> None:
         from ray.util import metrics
 
+        os.environ[footprint.DRIVER] = driver
         experiment = Experiment.model_validate(Store.read(Path(folder)).plan["experiment"])
-        self._runner = SlotRunner(Path(folder), experiment, arms, name, lost)
+        self._runner = SlotRunner(Path(folder), experiment, arms, name, lost, executor="ray")
         self._trials = metrics.Counter(
             "spark_ray_trials", description="attempts ended", tag_keys=("arm", "outcome")
         )
@@ -141,7 +142,7 @@ class RaySlots:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        self._arguments = (str(folder), list(arms))
+        self._arguments = (str(folder), list(arms), footprint.driver_name())
         self._experiment = experiment.name
         self.closing = threading.Event()
         self._group: Any = None

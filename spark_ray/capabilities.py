@@ -1,4 +1,4 @@
-"""Why a Docker daemon refuses container settings: Linux capabilities they need and the machine does not have to give."""
+"""Why a Docker daemon refuses container settings, and a kernel a way of separating: Linux capabilities they need and the machine does not have to give."""
 
 from __future__ import annotations
 
@@ -25,14 +25,24 @@ _PROC = Path("/proc")
 
 def bounding_set(proc: Path = _PROC, pid_file: Path = _PID_FILE) -> int:
     """What the Docker daemon of this machine may ever have, as bits; where it cannot be seen, what we may."""
-    for process in (_daemon(pid_file), "self"):
-        try:
-            for line in (proc / process / "status").read_text().splitlines():
-                if line.startswith("CapBnd:"):
-                    return int(line.split()[1], 16)
-        except (OSError, ValueError):
-            continue
-    return (1 << len(NAMES)) - 1
+    of_daemon = _bounds_of(_daemon(pid_file), proc)
+    return own_bounding_set(proc) if of_daemon is None else of_daemon
+
+
+def own_bounding_set(proc: Path = _PROC) -> int:
+    """What this process, and root acts started by it, may ever have; everything where it cannot be seen."""
+    bounds = _bounds_of("self", proc)
+    return (1 << len(NAMES)) - 1 if bounds is None else bounds
+
+
+def _bounds_of(process: str, proc: Path) -> int | None:
+    try:
+        for line in (proc / process / "status").read_text().splitlines():
+            if line.startswith("CapBnd:"):
+                return int(line.split()[1], 16)
+    except (OSError, ValueError):
+        return None
+    return None
 
 
 def _daemon(pid_file: Path) -> str:
@@ -73,3 +83,23 @@ def explain(refusal: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     if not names:
         return words, "leave that out, or give the daemon what it lacks"
     return f"{words} (it lacks {names})", f"leave that out, or give {names} to what the daemon runs in"
+
+
+_OF_ISOLATION = {
+    "net": ["SYS_ADMIN", "NET_ADMIN"],  # the second one to set its loopback up
+    "overlay": ["SYS_ADMIN", "MKNOD"],
+    "memory": ["DAC_OVERRIDE"],
+}
+
+
+def explain_isolation(way: str, reason: str, bounds: int | None = None) -> str:
+    """What `isolate.py` or `privileged.py` said, and the capability that is missing, or what else forbids it."""
+    words = reason.rpartition("isolate: ")[2].rpartition("privileged: ")[2]
+    bounds = own_bounding_set() if bounds is None else bounds
+    needed = _OF_ISOLATION.get(way, ["SYS_ADMIN"])
+    names = ", ".join(f"CAP_{name}" for name in needed if not bounds >> NAMES.index(name) & 1)
+    if names:
+        return f"{words} (it lacks {names})"
+    if "Operation not permitted" in words or "Permission denied" in words:
+        return f"{words} (no capability is missing: a security module or a seccomp filter forbids it)"
+    return words

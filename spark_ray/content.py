@@ -17,9 +17,15 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from . import capabilities, driver, image, rootfs, roots
+from . import capabilities, driver, guest_podman, image, rootfs, roots
 from .engines import EmbeddedEngine, Model
-from .environment_spec import ChrootEnvironment, DockerEnvironment, NativeEnvironment
+from .environment_spec import (
+    ChrootEnvironment,
+    DockerEnvironment,
+    IsolatedEnvironment,
+    NativeEnvironment,
+    PodmanEnvironment,
+)
 from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSpec, Gpu, Problem, docker
 from .errors import InputError, UnavailableError
 from .experiment import Experiment
@@ -42,19 +48,18 @@ cache_folder = roots.cache_folder
 
 def engine_problems(experiment: Experiment) -> list[Problem]:
     """What the engine lacks in this interpreter (which every host-made environment shares)."""
+    on_gpu = any(experiment.engine_of(arm).needs_gpu for arm in experiment.arms)
+    problems = [_NO_DRIVER] if on_gpu and driver.find() is None else []
     if not isinstance(experiment.engine, EmbeddedEngine):
-        return []
+        return problems
     mend = "pip install -c constraints.txt 'spark_ray[embedded]'"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         return [Problem(f"engine embedded needs {' and '.join(missing)}", mend)]
-    problems = []
     found = Version(importlib.metadata.version("transformers"))
     if not TRANSFORMERS.contains(found, prereleases=True):  # its cache and its settings change their names
-        problems.append(Problem(f"engine embedded needs transformers {TRANSFORMERS}, found {found}", mend))
-    on_gpu = any(experiment.engine_of(arm).needs_gpu for arm in experiment.arms)
-    if on_gpu and driver.find() is None:
-        problems.append(_NO_DRIVER)
+        wrong = Problem(f"engine embedded needs transformers {TRANSFORMERS}, found {found}", mend)
+        problems.insert(0, wrong)
     return problems
 
 
@@ -157,7 +162,7 @@ class Trees:
         if name not in self._trees:
             host = name == "host"
             self._trees[name] = (
-                rootfs.build_host(cache_folder() / "rootfs") if host else rootfs.load(Path(name))
+                rootfs.build_host(cache_folder() / "rootfs") if host else rootfs.load_usable(Path(name))
             )
         return self._trees[name]
 
@@ -178,16 +183,20 @@ def prepare(spec: EnvironmentSpec, docker_client: Any | None, trees: Trees | Non
     """Make one environment's content ready on this node. `trees` is filled, to be handed on to the next arm."""
     trees = trees or Trees()
     match spec:
-        case NativeEnvironment():
+        case NativeEnvironment() | IsolatedEnvironment(root="host"):
             path = f"{sys.prefix}/bin:{DEFAULT_PATH}"  # as in the trees made from this interpreter
             return Content(
                 python=sys.executable,
                 variables={"PATH": path, **_host_variables()},
                 bound_sha256=trees.own_bound_sha256(),
             )
-        case ChrootEnvironment():
+        case ChrootEnvironment() | IsolatedEnvironment():
             content = _content(trees.tree(spec.rootfs), trees, spec.python, host=spec.rootfs == "host")
             return _with_driver(content) if spec.gpus else content
+        case PodmanEnvironment():
+            if (lacks := guest_podman.lacking()) is not None:
+                raise UnavailableError(lacks[0], mend=lacks[1])
+            return _content(trees.tree(spec.rootfs), trees, spec.python, host=spec.rootfs == "host")
         case DockerEnvironment(image="host"):
             tree = trees.tree("host")
             made = image.build(docker_client, tree)
@@ -239,15 +248,24 @@ def _with_driver(content: Content) -> Content:
     )
 
 
+def on_host_tree(spec: EnvironmentSpec) -> bool:
+    """Whether it runs on the tree that is made from this interpreter, or on an image of that."""
+    own_root = isinstance(spec, IsolatedEnvironment) and spec.root == "host"
+    return not own_root and "host" in (getattr(spec, "rootfs", None), getattr(spec, "image", None))
+
+
 def environment_problems(spec: EnvironmentSpec) -> list[Problem]:
     """What an environment's own content lacks, where that can be told before any effect."""
-    if not isinstance(spec, NativeEnvironment) and spec.gpus and driver.find() is None:
+    if getattr(spec, "gpus", None) and driver.find() is None:
         return [_NO_DRIVER]
     try:
-        if isinstance(spec, ChrootEnvironment) and spec.rootfs != "host":
-            rootfs.load(Path(spec.rootfs))
+        tree = getattr(spec, "rootfs", "host")
+        if tree != "host":
+            rootfs.load_usable(Path(tree))
         if isinstance(spec, DockerEnvironment):
             return _docker_problems(spec)
+        if isinstance(spec, PodmanEnvironment):
+            return guest_podman.refused_flags(spec)
     except (InputError, UnavailableError) as error:
         return [Problem(error.message, error.mend or "see docs/troubleshooting.md")]
     return []

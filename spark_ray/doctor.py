@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import capabilities, content, image, nvml, preview, rootfs
+from . import capabilities, content, image, nvml, preview, rootfs, watchdog
 from .cluster import one_local_node
 from .environment_spec import DockerEnvironment
+from .environments import isolated
 from .errors import InputError, SparkRayError, UnavailableError
 from .experiment import Arm, Experiment
 from .rootact import RootActs
@@ -50,7 +51,7 @@ def checks(
     kinds = (
         {arm.environment.kind for arm in experiment.arms.values()}
         if experiment
-        else {"native", "chroot", "docker"}
+        else {"native", "chroot", "isolated", "docker"}
     )
     required = {arm.environment.kind for arm in _required_arms(experiment).values()}
     yield _python()
@@ -58,9 +59,12 @@ def checks(
     yield from _engine(experiment)
     yield from _memory()
     yield from _cgroup()
+    yield watchdog_check()
     yield _disk(runs)
-    yield _root(needed="chroot" in required)
-    if "chroot" in kinds or "docker" in kinds:
+    yield _root(needed=bool({"chroot", "isolated"} & required))
+    if {"chroot", "isolated"} & kinds:
+        yield from _isolation()
+    if _on_host_tree(experiment):
         yield _host_rootfs()
     if "docker" in kinds:
         yield from _docker(experiment, "docker" in required, say)
@@ -156,6 +160,19 @@ def _memory() -> Iterator[Check]:
     )
 
 
+def watchdog_check() -> Check:
+    """What protects the process that kills a guest before this host is out of memory."""
+    lacking = [f"{name}: {why}" for name, why in watchdog.try_out().items() if why is not True]
+    if not lacking:
+        return Check("watchdog", "ok", "outside every memory group, locked, spared by the kernel")
+    return Check(
+        "watchdog",
+        "warn",
+        "; ".join(lacking),
+        "run as root with CAP_SYS_RESOURCE and CAP_IPC_LOCK: short of memory it may otherwise be slow, or the victim",
+    )
+
+
 CONTROLLERS = {"memory": "docker arms with a limit and the cgroup terms", "cpuset": "cpuset_cpus"}
 
 
@@ -207,6 +224,32 @@ def _root(*, needed: bool) -> Check:
         return Check("root acts", "ok", reason)
     status: Status = "missing" if needed else "warn"
     return Check("root acts", status, reason, "run as root, or allow `sudo -n` for this user")
+
+
+def _isolation() -> Iterator[Check]:
+    """Each way of separating a worker, tried for real; an arm that needs one that fails says so itself."""
+    acts = RootActs()
+    if not acts.available()[0]:
+        return
+    cache = content.cache_folder()
+    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    try:
+        failed = acts.isolation(there)
+    except UnavailableError as error:
+        yield Check("isolation", "warn", error.message, error.mend or "")
+        return
+    works = [way for way in isolated.SWITCHES if way not in failed]
+    yield Check("isolation", "ok" if works else "warn", f"works: {', '.join(works) or 'nothing'}")
+    for way, reason in failed.items():
+        yield Check(
+            f"isolation {way}", "warn", reason, f"arms with {isolated.SWITCHES[way]} are not possible here"
+        )
+
+
+def _on_host_tree(experiment: Experiment | None) -> bool:
+    return experiment is None or any(
+        content.on_host_tree(arm.environment) for arm in experiment.arms.values()
+    )
 
 
 def _host_rootfs() -> Check:

@@ -52,16 +52,78 @@ class EmbeddedEngine(Spec):
         return self.device == "cuda"
 
 
+class ProbeEngine(Spec):
+    """The sizing law alone: no model, no engine library.
+
+    It reads the real memory view in its environment, needs the profiling peak it is told, and takes a pool of the
+    resulting size for real, in a fraction of a second. For noise floors, ladders, pilots, and a quick answer to what
+    an engine with this law would read here.
+    """
+
+    kind: Literal["probe"]
+    memory_view: Literal["memfree", "memavailable", "cgroup", "cuda"] = Field(
+        default="memfree",
+        description="which memory counts as free when the pool is sized: memfree (TensorRT-LLM's law as it meets "
+        "GB10), memavailable (vLLM, SGLang), cgroup (the smaller of MemFree and what the limit leaves), "
+        "cuda (what cudaMemGetInfo says)",
+    )
+    tokens_per_block: PositiveInt = Field(default=64, description="tokens that one block of the pool holds")
+    bytes_per_token: PositiveInt = Field(
+        default=32768, description="bytes of keys and values of one token over all layers"
+    )
+    max_seq_len: PositiveInt = Field(
+        default=1024, description="tokens one request may hold; the pool must fit at least one"
+    )
+    weights: SizeBytes = Field(
+        default="0B",
+        validate_default=True,
+        description="anonymous memory really held before sizing, as loaded weights are",
+    )
+    transient_per_token: SizeBytes = Field(
+        default="16KiB",
+        validate_default=True,
+        description="memory really touched and given back before sizing, for each of max_num_tokens tokens; the law "
+        "subtracts it as the profiling peak",
+    )
+    pool: Literal["touched", "mapped", "none"] | None = Field(
+        default=None,
+        description="how the pool is taken: touched commits every page, mapped only reserves addresses, none takes "
+        "nothing; default: touched, and none with memory_view cuda (device memory is not the probe's to take)",
+    )
+
+    @model_validator(mode="after")
+    def _pool_of_this_view(self) -> Self:
+        if self.misfit:
+            raise ValueError(self.misfit)
+        return self
+
+    @property
+    def misfit(self) -> str | None:
+        """Why pool does not go with memory_view."""
+        if self.memory_view != "cuda" or self.pool in {None, "none"}:
+            return None
+        return f"pool {self.pool} would take main memory; with memory_view cuda it is none"
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.memory_view == "cuda"
+
+
 class FakeEngine(Spec):
     """No engine at all: allocates, hangs, crashes or exits on command. For tests; its numbers mean nothing."""
 
     kind: Literal["fake"]
     behaviour: Literal[
-        "ok", "hang", "segfault", "exit", "raise", "infeasible", "allocate", "stop", "garbage"
+        "ok", "hang", "segfault", "exit", "raise", "infeasible", "allocate", "stop", "garbage", "eat", "burst"
     ] = Field(default="ok", description="what it does after it was started")
     only_in_arm: str | None = Field(default=None, description="misbehave in this arm only")
-    allocate: SizeBytes | None = Field(default=None, description="memory it really takes, before sizing")
-    hold: DurationS = Field(default="0s", validate_default=True, description="wait after sizing")
+    allocate: SizeBytes | None = Field(
+        default=None,
+        description="memory it really takes, before sizing; eat: at most, step by step; burst: for 50 ms, after sizing",
+    )
+    hold: DurationS = Field(
+        default="0s", validate_default=True, description="wait after sizing; eat: after each step of 64 MiB"
+    )
     kv_cache: SizeBytes = Field(
         default="1GiB", validate_default=True, description="its made-up capacity at memory_fraction 1"
     )
@@ -75,7 +137,7 @@ class FakeEngine(Spec):
         return None
 
 
-Engine = Annotated[EmbeddedEngine | FakeEngine, Field(discriminator="kind")]
+Engine = Annotated[EmbeddedEngine | ProbeEngine | FakeEngine, Field(discriminator="kind")]
 
 
 class RandomLlama(Spec):

@@ -110,7 +110,10 @@ class DockerEnvironment(Spec):
 
 
 class PodmanEnvironment(Spec):
-    """A container made by podman, without a daemon, straight from the rootfs folder. Each key is one podman flag."""
+    """A container made by podman, without a daemon, straight from the rootfs folder. Each key is one podman flag.
+
+    No capability, no new privileges, a read-only root: as docker's defaults here.
+    """
 
     kind: Literal["podman"]
     rootfs: str = Field(
@@ -119,7 +122,9 @@ class PodmanEnvironment(Spec):
     python: str | None = Field(
         default=None, description="interpreter inside; default: what the rootfs says, else python3"
     )
-    runtime: str | None = Field(default=None, description="--runtime, such as runc; default: podman's own")
+    runtime: Literal["runc", "crun"] | None = Field(  # no other text: podman would execute a path, as root
+        default=None, description="--runtime: what makes the container; default: podman's own"
+    )
     memory: SizeBytes | None = Field(default=None, description="--memory: limit of its cgroup")
     shm_size: SizeBytes | None = Field(default=None, description="--shm-size: size of /dev/shm")
     ipc: Literal["private", "host"] | None = Field(default=None, description="--ipc")

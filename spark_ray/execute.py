@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from . import content, digest, image, launch, treatments
 from .divergence import contrast
@@ -23,6 +23,7 @@ from .store import RECORD, BlockState, Store, read_record
 from .worker import protocol
 
 logger = logging.getLogger("spark_ray")
+Executor = Literal["ray", "local"]
 ENGINE_WAIT_S = 60  # a Docker daemon that is restarted is back in seconds
 
 
@@ -60,10 +61,17 @@ class SlotRunner:
     """Runs attempts on the node it lives on: in this process (--local), or inside an actor."""
 
     def __init__(
-        self, folder: Path, experiment: Experiment, arms: Sequence[str], name: str, lost: str | None = None
+        self,
+        folder: Path,
+        experiment: Experiment,
+        arms: Sequence[str],
+        name: str,
+        lost: str | None = None,
+        executor: Executor = "local",
     ) -> None:
-        """`lost`: label of the attempt in which the runner before this one died."""
+        """`lost`: label of the attempt in which the runner before this one died. `executor`: for the record."""
         self.name = name
+        self._executor = executor
         self._folder = folder
         self._experiment = experiment
         self._bundle = folder / "bundle"
@@ -80,7 +88,7 @@ class SlotRunner:
             self._hang_up()
             raise
         known = sorted(p for p in self._model.rglob("*") if p.is_file()) if self._model else []
-        self._treater = treatments.Treatments(self._root, folder / "scratch" / name, known)
+        self._treater = treatments.Treatments(self._root, folder / "scratch" / name, known, run=str(folder))
         self._launcher = launch.Launcher(self._treater, self._client)
         # Labels of attempts after which the engine has not been looked at.
         self._disturbed = [lost] if lost else []
@@ -136,12 +144,13 @@ class SlotRunner:
         folder = Store(self._folder, None).new_attempt_folder(trial_id, attempt)
         spec = experiment.arms[arm]
         can = self._root.available()[0]
+        treatment = treatments.effective(spec.treatment, can)[0]
         return launch.Job(
             folder=folder,
             trial={
                 "run": experiment.name, "block_id": block.block_id, "trial_id": trial_id, "arm": arm, "attempt": attempt,
                 "position": block.order.index(arm), "configuration": dict(block.configuration),
-                "repetition": block.repetition, "slot": self.name, "study_trial": block.study_trial,
+                "repetition": block.repetition, "slot": self.name, "study_trial": block.study_trial, "executor": self._executor,
             },
             engine=experiment.engine_of(arm).model_dump(mode="json"),
             workload=experiment.workload.model_dump(mode="json"),
@@ -149,9 +158,10 @@ class SlotRunner:
             site=Site(
                 attempt=folder, bundle=self._bundle, model=self._model, content=self._contents[arm],
                 label=f"{trial_id}/{attempt}", run_label=str(self._folder), uid=os.getuid(), gid=os.getgid(),
-                root_argv=tuple(self._root.argv("")[:-1]) if can else (),
+                root_argv=self._root.prefix() if can else (),
+                compile_cache=self._treater.compile_cache(treatment, arm, block.configuration),
             ),
-            treatment=treatments.effective(spec.treatment, can)[0],
+            treatment=treatment,
             limits=experiment.limits,
             bundle_sha256=self._bundle_sha256,
             seed=experiment.seed,

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .conditions import Limits, Treatment
-from .engines import EmbeddedEngine, Engine, FakeEngine, Model
+from .engines import EmbeddedEngine, Engine, FakeEngine, Model, ProbeEngine
 from .environment_spec import Environment
 from .spec import (
     NAME,
@@ -147,9 +147,10 @@ class Prediction(Spec):
     baseline: str | None = Field(
         default=None, description="compared with which arm; default: contrast.baseline"
     )
-    quantity: Literal["page_cache", "fill", "ballast", "view_free", "none"] = Field(
+    quantity: Literal["page_cache", "fill", "ballast", "orchestrator", "view_free", "none"] = Field(
         description="what changes: page cache, the fill's resident bytes, the ballast's, what the memory view calls free "
-        "(a limit), or none: no effect is expected"
+        "(a limit), what this program, its Ray and the container services hold (orchestrator: read before the start), or "
+        "none: no effect is expected"
     )
     times: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = Field(
         default=-1.0,
@@ -294,6 +295,6 @@ class Experiment(Spec):
         baseline, against = self.arms
         return Contrast(baseline=baseline, against=against)
 
-    def engine_of(self, arm: str) -> EmbeddedEngine | FakeEngine:
+    def engine_of(self, arm: str) -> EmbeddedEngine | ProbeEngine | FakeEngine:
         """The engine settings of one arm: the common ones with the arm's own on top."""
         return with_own(self.engine, self.arms[arm].engine)

@@ -18,6 +18,9 @@ from typing import IO, Any, Protocol
 
 from . import guestfiles, image
 from .environments import Start
+from .errors import UnavailableError
+from .group import Group
+from .worker import observe
 from .worker.observe import descendants
 
 
@@ -57,9 +60,12 @@ def _signal_to_code(code: int) -> int:
 
 
 class ProcessGuest:
-    """A host process (native, chroot) in its own session; standard error goes straight to the log."""
+    """A host process (native, chroot, isolated) in its own session; standard error goes straight to the log."""
 
     def __init__(self, start: Start, log: Path) -> None:
+        self._group = _make_group(start)
+        self._own_pids = "pid" in (start.enter or {}).get("namespaces", ())
+        self._worker: int | None = None
         with log.open("ab") as stream:
             try:
                 self._process = subprocess.Popen(
@@ -67,6 +73,8 @@ class ProcessGuest:
                     stderr=stream, bufsize=0, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
+                if self._group is not None:
+                    self._group.finish()
                 raise StartError(f"{start.argv[0]}: {error.strerror}") from error
         assert self._process.stdout is not None  # noqa: S101  piped above
         self._out: IO[bytes] = self._process.stdout
@@ -81,12 +89,28 @@ class ProcessGuest:
             self._process.stdin.write(b"go\n")
 
     def pid_of(self, told: int) -> int:
-        if told not in descendants(self._process.pid):
-            raise ProcessLookupError  # a guest that names another process would be seen in that one's place
-        return told
+        """The worker only knows its number inside its own pid namespace, where it has one.
+
+        A guest that names another process would be seen in that one's place: only its own are asked.
+        """
+        for pid in descendants(self._process.pid):
+            numbers = _numbers(pid)
+            if numbers[-1:] == [told] and (len(numbers) > 1) == self._own_pids:
+                self._worker = pid
+                return pid
+        raise ProcessLookupError
 
     def identity(self) -> dict[str, Any]:
-        return {"pid": self._process.pid}
+        """What the environment's switches are checked by, beside namespaces and root."""
+        found: dict[str, Any] = {"pid": self._process.pid}
+        with contextlib.suppress(OSError):
+            found["launcher_memory_group"] = observe.cgroup_path("self")[1]
+            if self._worker is not None:
+                found["memory_group"] = observe.cgroup_path(self._worker)[1]
+                found["root_filesystem"] = _root_filesystem(self._worker)
+            if self._group is not None and (limit := self._group.limit_bytes()) is not None:
+                found["group_limit_bytes"] = limit
+        return found
 
     def kill(self) -> None:
         """Kill the supervisor: its worker follows by parent-death signal, the rest of the session by the group."""
@@ -125,7 +149,35 @@ class ProcessGuest:
             self._process.stdin.close()
         self.kill()
         self._out.close()
-        return Ended(code, {})
+        return Ended(code, self._group.finish() if self._group is not None else {})
+
+
+def _make_group(start: Start) -> Group | None:
+    if start.group is None:
+        return None
+    try:
+        return Group(start.group.name, start.group.limit_bytes, start.group.root_argv)
+    except (UnavailableError, OSError) as error:
+        raise StartError(str(error)) from error
+
+
+def _numbers(pid: int) -> list[int]:
+    """Process ids of one process, from our own pid namespace inwards; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith("NSpid:"):
+                return [int(word) for word in line.split()[1:]]
+    return []
+
+
+def _root_filesystem(pid: int) -> str | None:
+    """Type of the file system that a process has as its root; None where its root is a folder inside one."""
+    kind = None
+    for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[4] == "/":
+            kind = fields[fields.index("-") + 1]  # the last one lies on top
+    return kind
 
 
 class ContainerGuest:

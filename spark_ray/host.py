@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import nvml
 from .worker import evidence, observe
-
-SAMPLE_INTERVAL_S = 0.05
-SAMPLE_FIELDS = (
-    "monotonic_s",
-    "mem_free_bytes",
-    "mem_available_bytes",
-    "cached_bytes",
-    "shmem_bytes",
-    "per_cpu_free_bytes",
-    "cgroup_usage_bytes",
-)
 
 
 def identity() -> dict[str, Any]:
@@ -70,12 +58,15 @@ def _cpu_model() -> str | None:
     return None
 
 
+def vmstat(proc: Path = observe.PROC) -> dict[str, int]:
+    """Counters of the kernel's memory management since boot."""
+    pairs = (line.split() for line in (proc / "vmstat").read_text().splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
+
+
 def oom_kills() -> int:
     """Kernel out-of-memory kills since boot, any group."""
-    for line in Path("/proc/vmstat").read_text().splitlines():
-        if line.startswith("oom_kill "):
-            return int(line.split()[1])
-    return 0
+    return vmstat().get("oom_kill", 0)
 
 
 def releasable_bytes() -> int:
@@ -116,87 +107,59 @@ def wait_for_memory(wanted_bytes: int, longest_s: float, stopped: Callable[[], b
         time.sleep(0.05)
 
 
-_MEMINFO = re.compile(rb"^(MemFree|MemAvailable|Cached|Shmem): +(\d+) kB", re.MULTILINE)
-_PAGESET = re.compile(rb"^ +count: +(\d+)", re.MULTILINE)  # in zoneinfo only pagesets count
+def parent_of(pid: int) -> int:
+    """The parent of a process; ProcessLookupError when it has ended."""
+    try:
+        return int(
+            (observe.PROC / str(pid) / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1]
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(pid) from None
 
 
-class Sampler:
-    """Cheap counters every 50 ms into memory; written down after the guest has ended. Counts its own CPU time.
+def first_of(worker: int) -> int:
+    """The first process of a guest: the farthest ancestor in the worker's own group that is not this process.
 
-    Files stay open and four fields are picked out: 70 us a row, a third of what `observe` would need. GPUs are asked
-    through NVML every 200 ms, which some drivers take milliseconds to answer.
+    A supervisor, the shell of an image's entrypoint, the parent of a PID namespace: whatever it is, its tree is the guest.
+    """
+    group, found = observe.cgroup_path(worker), worker
+    while True:
+        parent = parent_of(found)
+        if parent in {0, 1, os.getpid()} or observe.cgroup_path(parent) != group:
+            return found
+        found = parent
+
+
+class Kin:
+    """Which processes are ours: this one's descendants, the guest, and whatever bears the name of this run.
+
+    The last are guests of this run on other slots of this host.
     """
 
-    def __init__(self, pid: int | None, gpus: nvml.Reader) -> None:
-        self.rows: list[tuple[float | int | None, ...]] = []
-        self.gpu_rows: list[tuple[float | int | None, ...]] = []
-        self.cpu_s = 0.0
-        self._gpus = gpus
-        self._gpus_due_s = 0.0
-        self._meminfo = os.open(observe.PROC / "meminfo", os.O_RDONLY)
-        self._zoneinfo = self._open(observe.PROC / "zoneinfo")
-        self._usage = self._open(self._usage_file(pid)) if pid else None
+    def __init__(self, variable: str, run_label: str) -> None:
+        self._mark = f"{variable}={run_label}".encode()
+        self.guest: int | None = None  # first process of the guest, which need not descend from this process
 
-    @staticmethod
-    def _open(path: Path | None) -> int | None:
+    def foreign(self, processes: Iterable[dict[str, int]]) -> list[dict[str, Any]]:
+        """Those of NVML's compute processes that are nobody's of us and still there, with their names."""
+        found = []
+        ours: set[int] | None = None
+        for process in processes:
+            if ours is None:  # most looks find no process at all
+                ours = set(observe.descendants(os.getpid()))
+                ours |= set(observe.descendants(self.guest)) if self.guest is not None else set()
+            name = self._stranger(process["pid"]) if process["pid"] not in ours else None
+            if name is not None:
+                found.append({**process, "name": name})
+        return found
+
+    def _stranger(self, pid: int) -> str | None:
+        folder = observe.PROC / str(pid)
         try:
-            return os.open(path, os.O_RDONLY) if path else None
-        except OSError:
+            if self._mark in (folder / "environ").read_bytes().split(b"\0"):
+                return None
+        except FileNotFoundError:  # it has ended, or is in no PID namespace of ours
             return None
-
-    @staticmethod
-    def _usage_file(pid: int) -> Path | None:
-        try:
-            version, path = observe.cgroup_path(pid)
-        except OSError:
-            return None
-        if version == 1:
-            return observe.CGROUP / "memory" / path.lstrip("/") / "memory.usage_in_bytes"
-        return observe.CGROUP / path.lstrip("/") / "memory.current"
-
-    def take(self) -> int:
-        """One row; returns MemAvailable in bytes."""
-        started = time.thread_time()
-        info = {
-            name: int(value) * 1024 for name, value in _MEMINFO.findall(os.pread(self._meminfo, 1 << 14, 0))
-        }
-        available: int = info[b"MemAvailable"]
-        self.rows.append(
-            (
-                time.monotonic(),
-                info[b"MemFree"],
-                available,
-                info[b"Cached"],
-                info[b"Shmem"],
-                self._waiting(),
-                self._used(),
-            )
-        )
-        if time.monotonic() >= self._gpus_due_s:
-            self.gpu_rows += self._gpus.sample()
-            self._gpus_due_s = time.monotonic() + nvml.SAMPLE_INTERVAL_S
-        self.cpu_s += time.thread_time() - started
-        return available
-
-    def _waiting(self) -> int | None:
-        if self._zoneinfo is None:
-            return None
-        text = b""
-        while piece := os.pread(
-            self._zoneinfo, 1 << 20, len(text)
-        ):  # the kernel may give one NUMA node a read
-            text += piece
-        return sum(map(int, _PAGESET.findall(text))) * os.sysconf("SC_PAGE_SIZE")
-
-    def _used(self) -> int | None:
-        if self._usage is None:
-            return None
-        try:
-            return int(os.pread(self._usage, 64, 0))
-        except OSError:  # the group went with its last process
-            return None
-
-    def close(self) -> None:
-        for descriptor in (self._meminfo, self._zoneinfo, self._usage):
-            if descriptor is not None:
-                os.close(descriptor)
+        except OSError:  # another user's: certainly not ours
+            pass
+        return (_read(str(folder / "comm")) or "?")[:64]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ SAMPLE_FIELDS = (
     "power_w",
     "sm_clock_mhz",
     "throttle_reasons",
+    "utilization_percent",
 )
 _SAMPLED = SAMPLE_FIELDS[2:]
 
@@ -38,6 +39,12 @@ _THROTTLE = {
     0x80: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
+
+
+SLOWED = frozenset(
+    {"sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
+)
+"""Reasons that cap the clocks for heat or power, against what was asked of the device."""
 
 
 def throttle_names(bits: int) -> list[str]:
@@ -63,11 +70,13 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "power_w": lambda device: pynvml.nvmlDeviceGetPowerUsage(device) / 1000,
     "energy_j": lambda device: pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1000,
     "sm_clock_mhz": lambda device: pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM),
+    "max_sm_clock_mhz": lambda device: pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM),
     "memory_clock_mhz": lambda device: pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_MEM),
     "utilization_percent": lambda device: pynvml.nvmlDeviceGetUtilizationRates(device).gpu,
     "throttle_reasons": lambda device: int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)),
     "processes": _processes,
 }
+GATE_QUESTIONS = ("temperature_celsius", "sm_clock_mhz", "max_sm_clock_mhz", "throttle_reasons", "processes")
 
 
 class Reader:
@@ -97,6 +106,10 @@ class Reader:
     ) -> None:
         self.close()
 
+    @property
+    def count(self) -> int:
+        return len(self._devices)
+
     def close(self) -> None:
         if self._open:
             pynvml.nvmlShutdown()
@@ -114,11 +127,11 @@ class Reader:
                 refused[name] = str(error)
             return None, str(error)
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, questions: Iterable[str] = tuple(QUESTIONS)) -> list[dict[str, Any]]:
         """One reading of every device, with what it refuses to answer."""
         readings = []
         for index in range(len(self._devices)):
-            answers = {name: self._ask(index, name) for name in QUESTIONS}
+            answers = {name: self._ask(index, name) for name in questions}
             reading = {"device": index} | {
                 name: answer for name, (answer, why) in answers.items() if why is None
             }
@@ -135,6 +148,11 @@ class Reader:
             (time.monotonic(), index, *(self._ask(index, name)[0] for name in _SAMPLED))
             for index in range(len(self._devices))
         ]
+
+    def processes(self) -> list[dict[str, int]]:
+        """Compute processes on any device, each with its `device`; empty where no device says."""
+        asked = ((index, self._ask(index, "processes")[0]) for index in range(len(self._devices)))
+        return [{"device": index, **process} for index, found in asked for process in found or ()]
 
     def describe(self) -> list[dict[str, Any]]:
         """Name, uuid and driver version of each device."""

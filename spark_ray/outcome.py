@@ -47,6 +47,7 @@ class Facts:
     oom_kills: int = 0  # kernel out-of-memory kills in the worker's group or on the host meanwhile
     stopped_by: str | None = None  # deadline, watchdog, interrupt: what of ours ended it
     not_reached: str | None = None  # a treatment or gate that did not hold
+    not_quiet: str | None = None  # what happened on the host meanwhile, beyond the guard's bounds
     contradictions: tuple[str, ...] = ()
     start_error: str | None = None
     lost: str | None = None  # what runs the worker did not answer, or no longer
@@ -119,6 +120,8 @@ def derive(facts: Facts) -> Outcome:
         return Outcome("wrong_environment", "evidence", "; ".join(facts.contradictions))
     if facts.not_reached is not None:
         return Outcome("disturbed", "not_reached", facts.not_reached)
+    if facts.not_quiet is not None:
+        return Outcome("disturbed", "not_quiet", facts.not_quiet)
     if facts.stopped_by == "deadline":
         return Outcome("timeout", "trial_timeout", "the trial's deadline passed")
     if facts.result is None or facts.exit_code != 0:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import content, environments, image, treatments
+from . import content, environments, guest_podman, image, treatments
 from .cluster import Cluster
 from .conditions import Fill
-from .engines import EmbeddedEngine
-from .environment_spec import DockerEnvironment
+from .environment_spec import ChrootEnvironment, DockerEnvironment, IsolatedEnvironment, PodmanEnvironment
 from .environments import Offer, Problem
 from .errors import UnavailableError
 from .experiment import Experiment
@@ -62,7 +61,9 @@ class Preview:
     def expected_s(self) -> float | None:
         if self.trial_s is None:
             return None
-        return self.blocks * len(self.executed) * self.trial_s / max(1, self.slots)
+        warm = [name for name in self.executed if self.experiment.arms[name].treatment.compile_cache == "warm"]
+        warmings = len(warm) * -(-self.blocks // self.experiment.search.repetitions)  # one a configuration
+        return (self.blocks * len(self.executed) + warmings) * self.trial_s / max(1, self.slots)
 
     def first_orders(self, count: int) -> list[tuple[str, ...]]:
         return [
@@ -95,12 +96,30 @@ def probe(experiment: Experiment) -> Offer:
             image.connect().close()
         except UnavailableError as error:
             why, mend = error.message, error.mend or "start the Docker service"
+    wants_podman = any(isinstance(arm.environment, PodmanEnvironment) for arm in experiment.arms.values())
+    podman_why, podman_mend = (guest_podman.lacking() if wants_podman else None) or (None, "")
     return Offer(
         root_acts=None if available else reason,
         docker=why,
         docker_mend=mend,
+        podman=podman_why,
+        podman_mend=podman_mend,
         memory_total_bytes=observe.meminfo()["MemTotal"],
+        isolation=_isolation(experiment) if available else {},
     )
+
+
+def _isolation(experiment: Experiment) -> dict[str, str]:
+    """What is tried only if an arm wants it: ways of separating that do not work here."""
+    wanted = ChrootEnvironment | IsolatedEnvironment
+    if not any(isinstance(arm.environment, wanted) for arm in experiment.arms.values()):
+        return {}
+    cache = content.cache_folder()
+    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    try:
+        return RootActs().isolation(there)
+    except UnavailableError as error:
+        return {"mount": error.message}
 
 
 def preview(experiment: Experiment, cluster: Cluster, offer: Offer) -> Preview:
@@ -128,12 +147,12 @@ def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
                 lacking, "run as root, allow `sudo -n`, or leave the key out to take the strongest possible"
             )
         )
+    found += [
+        Problem(what, mend)
+        for what, mend in treatments.impossible(arm.treatment, experiment.limits, observe.meminfo())
+    ]
     state, warnings = treatments.effective(arm.treatment, can)
-    cache = state["page_cache"]
-    words = f"fill {format_bytes(cache['fill_bytes'])}" if isinstance(cache, dict) else cache
-    what = (
-        f"{_environment_words(arm.environment)}; page cache: {words}; per-CPU pages: {state['per_cpu_pages']}"
-    )
+    what = f"{_environment_words(arm.environment)}; {treatments.words(state)}"
     if arm.engine:
         what += "; " + ", ".join(f"{key}: {value}" for key, value in arm.engine.items())
     return ArmPlan(name, what, tuple(found), tuple(warnings), arm.required)
@@ -151,18 +170,20 @@ def _preparations(experiment: Experiment) -> list[str]:
     steps = []
     if model := content.model_to_make(experiment):
         steps.append(f"make a random checkpoint in {_short(model)}")
-    kinds = {arm.environment.kind for arm in experiment.arms.values()}
-    if "chroot" in kinds or "docker" in kinds:
+    of_tree = [arm.environment for arm in experiment.arms.values() if content.on_host_tree(arm.environment)]
+    if of_tree:
         steps.append(
             f"build the host rootfs in {_short(content.cache_folder() / 'rootfs')}, unless it is there"
         )
-    if "docker" in kinds:
+    if any(isinstance(spec, DockerEnvironment) for spec in of_tree):
         steps.append("import that rootfs as a Docker image (labelled spark_ray), unless it is there")
     fills = [
         a.treatment.page_cache.fill
         for a in experiment.arms.values()
         if isinstance(a.treatment.page_cache, Fill)
     ]
+    if any(arm.treatment.compile_cache == "warm" for arm in experiment.arms.values()):
+        steps.append("fill each warm compile cache by an execution that is not measured, once a configuration")
     if fills:
         steps.append(f"hold a file of {format_bytes(max(fills))} in the run folder, removed at the end")
     return steps
@@ -174,8 +195,9 @@ def _short(path: Path) -> str:
 
 
 def _rule_of_thumb(experiment: Experiment) -> float | None:
-    """Seconds of one embedded trial: start and load take 5 to 10 s, and memory is touched at about 2 GiB a second."""
-    if not isinstance(experiment.engine, EmbeddedEngine):
+    """Seconds of one trial: what the engine takes to start and load, and memory is touched at about 2 GiB a second."""
+    start_s = {"embedded": 8.0, "probe": 0.8}.get(experiment.engine.kind)
+    if start_s is None:
         return None
     axis = experiment.search.space.memory_fraction
     middle = (
@@ -183,4 +205,6 @@ def _rule_of_thumb(experiment: Experiment) -> float | None:
         if isinstance(axis, float)
         else (sum(axis) / len(axis) if isinstance(axis, list) else (axis.low + axis.high) / 2)
     )
-    return 8.0 + middle * observe.meminfo()["MemFree"] / (2 * GIB)
+    if getattr(experiment.engine, "pool", None) in {"mapped", "none"}:
+        return start_s
+    return start_s + middle * observe.meminfo()["MemFree"] / (2 * GIB)

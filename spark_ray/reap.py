@@ -1,9 +1,10 @@
 """What earlier deaths left behind, found by label and folder, and removed: only that, and only of runs nobody drives.
 
 A guest ends with its host side by itself. What can remain is a stopped container, a guest that was itself stopped
-(SIGSTOP) when its host died, the file that held a page-cache fill, a container that only tried flags, and a half-made
-tree or model in the cache. No mount and no cgroup remains: mounts live in the namespace of the process that made them,
-and Docker removes a container's group with it (a `cgroup_parent` was named by the user, and is the user's).
+(SIGSTOP) when its host died, the memory cgroup of an isolated guest, the file that held a page-cache fill, compiled
+kernels, a container that only tried flags, and a half-made tree or model in the cache. A process may also be the
+ballast of a treatment. No mount remains: they live in the namespace of the process that made them. Docker removes a
+container's group with it (a `cgroup_parent` was named by the user, and is the user's).
 
 `stale` is another matter: trees and images that work, but were made from an environment that is gone.
 """
@@ -14,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -22,19 +24,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import image, rootfs
+from . import group, guest_podman, image, rootfs
 from .environments import RUN_VARIABLE
 from .environments.docker import LABEL_RUN, LABEL_TRIAL
-from .errors import SparkRayError
+from .errors import SparkRayError, UnavailableError
+from .rootact import RootActs
 
 LABEL_PURPOSE = "spark_ray.purpose"
+_CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
+_SELF = Path("/proc/self")
 PROBE_AGE_S = 600  # a container that tries flags lives for seconds
 EXTRACT_AGE_S = 24 * 3600  # one that is being unpacked lives as long as its image is large
 
 
 @dataclass(frozen=True)
 class Leftover:
-    kind: str  # container, process, fill file, unfinished, tree, image
+    kind: (
+        str  # container, podman container, process, cgroup, fill file, compile cache, unfinished, tree, image
+    )
     name: str  # container id, process number, path, image reference
     run: str  # the run folder it belongs to; "" for what belongs to none
     what: str  # for people
@@ -57,17 +64,28 @@ def leftovers(run: Path | None, docker_client: Any | None, *, driver: bool = Fal
 
     `driver`: the caller is the one that drives `run`, and has not started anything yet.
     """
-    found = [*_processes(), *_containers(docker_client)]
+    found = [*_processes(), *_containers(docker_client), *_podman_containers()]
     wanted = str(run.absolute()) if run is not None else None
     if run is not None:
         fills = sorted(run.absolute().glob("scratch/*/page-cache-fill-*"))
         found += [Leftover("fill file", str(path), str(run.absolute()), "held page cache") for path in fills]
+        caches = [
+            path for path in sorted(run.absolute().glob("scratch/*/compile-cache")) if _holds_files(path)
+        ]
+        found += [
+            Leftover("compile cache", str(path), str(run.absolute()), "compiled kernels") for path in caches
+        ]
+        found += _groups(run)  # after the processes, which may be in them
     driven: dict[str, bool] = {wanted: False} if wanted and driver else {}
     return [
         one
         for one in found
         if (wanted is None or one.run == wanted) and not driven.setdefault(one.run, is_driven(one.run))
     ]
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(names for _, _, names in os.walk(folder))
 
 
 def _processes() -> Iterator[Leftover]:
@@ -86,11 +104,17 @@ def _processes() -> Iterator[Leftover]:
 
 
 def _in_container(entry: Path) -> bool:
-    """A containerised guest goes with its container; killing it from here would hide how it ended."""
+    """A containerised guest goes with its container; killing it from here would hide how it ended.
+
+    A pid namespace of its own may also be that of an isolated guest: what runs containers puts them into a group too.
+    """
     try:
-        return os.readlink(entry / "ns" / "pid") != os.readlink("/proc/self/ns/pid")  # noqa: PTH115  not a path
+        if os.readlink(entry / "ns" / "pid") == os.readlink(_SELF / "ns" / "pid"):  # noqa: PTH115  not a path
+            return False
+        its, ours = (set(_CONTAINER_ID.findall((each / "cgroup").read_text())) for each in (entry, _SELF))
     except OSError:
         return True
+    return bool(its - ours)
 
 
 def _containers(client: Any | None) -> Iterator[Leftover]:
@@ -106,9 +130,23 @@ def _containers(client: Any | None) -> Iterator[Leftover]:
         )
 
 
+def _podman_containers() -> Iterator[Leftover]:
+    for one in guest_podman.labelled(LABEL_RUN):
+        what = f"{one.labels.get(LABEL_TRIAL, '')} {one.status}"
+        yield Leftover("podman container", one.container_id, one.labels[LABEL_RUN], what)
+
+
 def of_no_run(cache: Path, client: Any | None) -> list[Leftover]:
-    """What died while it was made: trees and models in the cache, containers that tried flags or held an image."""
-    return [*_unfinished(cache), *_helpers(client)]
+    """What died while it was made: trees and models in the cache, containers that tried flags or held an image.
+
+    And memory cgroups, which only say a hash of their run's folder.
+    """
+    return [*_unfinished(cache), *_helpers(client), *_podman_helpers(), *_groups(None)]
+
+
+def _groups(run: Path | None) -> Iterator[Leftover]:
+    for name in group.left(run):
+        yield Leftover("cgroup", name, str(run.absolute()) if run else "", "memory cgroup of a guest")
 
 
 def _unfinished(cache: Path) -> Iterator[Leftover]:
@@ -146,6 +184,12 @@ def _helpers(client: Any | None) -> Iterator[Leftover]:
             yield Leftover("container", container["Id"], "", f"{purpose}, {container['Status']}")
 
 
+def _podman_helpers() -> Iterator[Leftover]:
+    for one in guest_podman.labelled(LABEL_PURPOSE):
+        if time.time() - one.created_s > PROBE_AGE_S:
+            yield Leftover("podman container", one.container_id, "", f"probe, {one.status}")
+
+
 def stale(cache: Path, client: Any | None) -> list[Leftover]:
     """Host trees in the cache, and their images, made from an environment that no longer exists here.
 
@@ -180,9 +224,16 @@ def remove(one: Leftover, docker_client: Any | None) -> str | None:
                 os.kill(int(one.name), signal.SIGKILL)
         case "container":
             image.remove_container(docker_client, one.name)
+        case "cgroup":
+            try:
+                RootActs().run("remove-group", one.name)
+            except UnavailableError as error:
+                return error.message
+        case "podman container":
+            guest_podman.remove(one.name)
         case "image":
             return image.remove_image(docker_client, one.name)
-        case "tree" | "unfinished":
+        case "tree" | "unfinished" | "compile cache":
             return _remove_tree(Path(one.name), described=one.kind == "tree")
         case _:
             Path(one.name).unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
-from .observation import Observation
+from .host_view import Gate, Guard, Samples, Wait, Warming, Watchdog
+from .observation import Ledger, Observation
 from .outcome import OutcomeKind
 from .result import Part, Result, Seconds, Sha256, Size, Word
 
@@ -30,8 +31,8 @@ class HostIdentity(Part):
 class Outside(Part):
     """The live worker seen from outside when it said `ready`; empty when the host could not look."""
 
-    pid: Size | None = Field(default=None, description="process id of the supervisor (native, chroot)")
-    container_id: Word | None = Field(default=None, description="the container (docker)")
+    pid: Size | None = Field(default=None, description="process started: the supervisor, or what waits for it")
+    container_id: Word | None = Field(default=None, description="the container (docker, podman)")
     worker_pid: Size | None = Field(default=None, description="process id of the worker on the host")
     cgroup: list[str] | None = Field(default=None, description="lines of its /proc/PID/cgroup")
     namespaces: dict[str, str] | None = Field(
@@ -41,20 +42,33 @@ class Outside(Part):
     root: str | None = Field(
         default=None, description="device and inode of its root; absent without the right to look"
     )
-    expected_root: str | None = Field(default=None, description="the same of the rootfs folder (chroot)")
-
-
-class Wait(Part):
-    reached: bool = Field(description="whether memory came back before the attempt")
-    waited_s: Seconds = Field(description="how long that took, seconds")
-    wanted_bytes: int = Field(
-        description="MemAvailable plus per-CPU lists that were wanted: the last level less limits.memory_tolerance"
+    expected_root: str | None = Field(default=None, description="the same of the rootfs folder")
+    root_filesystem: str | None = Field(default=None, description="type of the file system that is its root")
+    memory_group: str | None = Field(default=None, description="path of its memory cgroup")
+    launcher_memory_group: str | None = Field(default=None, description="the same of the launcher")
+    group_limit_bytes: Size | None = Field(
+        default=None, description="limit of its own memory cgroup, read back; null: none (isolated)"
     )
-    found_bytes: Size = Field(description="what was there")
 
 
 class EffectiveFill(Part):
     fill_bytes: Size = Field(description="page cache to hold, in bytes")
+
+
+class EffectiveBallast(Part):
+    """By size or by share."""
+
+    size_bytes: Size | None = Field(default=None, description="memory to hold, in bytes")
+    share: float | None = Field(default=None, description="of the memory that is free before the start")
+
+
+class Drain(Part):
+    """What draining the per-CPU lists did."""
+
+    before_bytes: Size = Field(description="free pages in the lists before")
+    after_bytes: Size = Field(description="and afterwards")
+    rounds: Size = Field(description="rounds over all CPUs")
+    duration_s: Seconds = Field(description="how long it took, seconds")
 
 
 class Treatment(Part):
@@ -64,8 +78,13 @@ class Treatment(Part):
         description="page cache before the start"
     )
     per_cpu_pages: Literal["drained", "as_is"] = Field(
-        description="free pages in per-CPU lists before the start"
+        description="free pages in per-CPU lists before the start, and again before the engine reads"
     )
+    compile_cache: Literal["cold", "warm"] | None = Field(
+        default=None, description="compiled kernels; null: by a program that gave the worker no folder for them"
+    )
+    swap: Literal["as_is", "require_off"] | None = Field(default=None, description="swap space of the host")
+    ballast: EffectiveBallast | None = Field(default=None, description="memory held beside the environment")
 
 
 class Treated(Part):
@@ -79,34 +98,108 @@ class Treated(Part):
     filled_bytes: Size | None = Field(default=None, description="bytes of the fill file that were resident")
     mem_free_bytes: Size | None = Field(default=None, description="MemFree afterwards")
     cached_bytes: Size | None = Field(default=None, description="Cached + Buffers afterwards")
+    page_cache_bytes: Size | None = Field(default=None, description="Cached + Buffers - Shmem afterwards")
+    model_resident_bytes: Size | None = Field(
+        default=None, description="of the model's files in the page cache afterwards; null: cannot be known"
+    )
+    swap_total_bytes: Size | None = Field(default=None, description="SwapTotal")
+    drained: Drain | None = Field(default=None, description="draining of the per-CPU lists before the start")
+    ballast_bytes: Size | None = Field(default=None, description="size of the ballast")
+    ballast_pid: Size | None = Field(default=None, description="the process that holds it")
+    ballast_locked: bool | str | None = Field(default=None, description="true: mlocked; else why not")
+    ballast_root_cgroup: bool | str | None = Field(
+        default=None, description="true: moved to the root of the memory hierarchy; else why not"
+    )
+    compile_cache_warm: bool | None = Field(
+        default=None, description="whether an execution that is not measured had filled the compile cache"
+    )
+    compile_cache_files: Size | None = Field(
+        default=None, description="files in the compile cache before the start; cold: 0"
+    )
+    compile_cache_bytes: Size | None = Field(default=None, description="their size")
 
 
 class AtSizing(Part):
+    """The treatment, read back when the engine was about to read free memory."""
+
     fill_resident_bytes: Size | None = Field(
         default=None, description="bytes of the fill file still in the page cache"
     )
+    page_cache_bytes: Size | None = Field(default=None, description="Cached + Buffers - Shmem")
+    model_resident_bytes: Size | None = Field(
+        default=None, description="of the model's files in the page cache; null: cannot be known"
+    )
+    mapped_file_bytes: Size | None = Field(
+        default=None, description="files mapped by the worker's tree: its PSS_file; null: not read"
+    )
+    unexplained_cache_bytes: Size | None = Field(
+        default=None,
+        description="page cache that came since the treatment and is neither the fill, nor the model's, nor mapped by the "
+        "worker; beyond limits.cache_tolerance the attempt is disturbed",
+    )
+    drained: Drain | None = Field(default=None, description="the second draining, right before")
+    drain_error: str | None = Field(default=None, description="why it could not be done")
+    per_cpu_free_bytes: Size | None = Field(default=None, description="free pages in per-CPU lists")
+    per_cpu_allowed_bytes: Size | None = Field(
+        default=None, description="the most of them that still counts as drained: 0.5 % of MemTotal"
+    )
+    swap_total_bytes: Size | None = Field(default=None, description="SwapTotal")
+    ballast_bytes: Size | None = Field(default=None, description="size of the ballast")
+    ballast_resident_bytes: Size | None = Field(
+        default=None, description="of it resident, without the interpreter's own"
+    )
+    compile_cache_warm: bool | None = Field(
+        default=None, description="whether an execution that is not measured had filled the compile cache"
+    )
+    compile_cache_files: Size | None = Field(default=None, description="files in the compile cache")
+    compile_cache_bytes: Size | None = Field(default=None, description="their size")
 
 
 class End(Part):
-    """How a container ended; empty for a process."""
+    """How a container ended, or a process with a memory cgroup of its own; empty for others."""
 
     container_id: Word | None = Field(default=None, description="the container")
-    oom_killed: bool | None = Field(default=None, description="the daemon's OOMKilled")
+    oom_killed: bool | None = Field(default=None, description="the daemon's OOMKilled, or an oom_kill in the group")
+    cgroup_peak_bytes: Size | None = Field(default=None, description="peak usage of its own group (isolated)")
+    group_left: str | None = Field(default=None, description="why its own group could not be removed")
     error: str | None = Field(default=None, description="the daemon's State.Error")
     inspect_error: str | None = Field(default=None, description="why the daemon could not be asked")
 
 
-class Samples(Part):
-    count: Size = Field(description="rows in samples.json: cheap counters every 50 ms")
-    gpu_count: Size = Field(
-        default=0, description="rows of GPU counters in samples.json: one per device every 200 ms"
+class Held(Part):
+    """Memory of some processes, as smaps_rollup says."""
+
+    processes: Size = Field(description="how many there are")
+    pss_bytes: Size | None = Field(
+        default=None, description="proportional set size: shared pages counted once, file pages included"
     )
-    cpu_s: Seconds | None = Field(
-        default=None, description="CPU time that sampling took on the host, seconds"
+    pss_anon_bytes: Size | None = Field(default=None, description="anonymous part of pss_bytes")
+    absent: dict[str, str] | None = Field(
+        default=None, description="what could not be read: name and reason"
     )
-    lowest_mem_available_bytes: Size | None = Field(
-        default=None, description="smallest MemAvailable of all rows"
+
+
+class Footprint(Part):
+    """What everything but the guest and the ballast held, while no guest lived."""
+
+    spark_ray: Held = Field(description="the driver, its helpers, the actor that executes attempts")
+    ray: Held = Field(
+        description="the Ray that executes this attempt: raylet, control store, dashboard, agents, idle workers"
     )
+    docker: Held = Field(description="dockerd, containerd and its shims; not the containers")
+    podman: Held = Field(description="podman, conmon and network helpers; not the containers")
+    object_store_bytes: Size | None = Field(
+        default=None, description="of Ray's object store in memory; mapped pages are in the groups as well"
+    )
+    absent: dict[str, str] | None = Field(
+        default=None, description="what could not be read: name and reason"
+    )
+    cost_s: Seconds = Field(description="how long the reading took, seconds")
+
+
+class Orchestrator(Part):
+    before: Footprint | None = Field(default=None, description="before the treatment and the start")
+    after: Footprint | None = Field(default=None, description="after the guest had ended")
 
 
 class HostView(Part):
@@ -131,8 +224,23 @@ class HostView(Part):
     stopped_by: Literal["deadline", "watchdog", "interrupt"] | None = Field(
         description="what of ours ended it; null: nothing"
     )
-    duration_s: Seconds = Field(description="whole attempt, wait and treatment included, seconds")
+    duration_s: Seconds = Field(description="whole attempt, all waits and the treatment included, seconds")
     samples: Samples = Field(description="the time series beside the record")
+    gate: Gate | None = Field(default=None, description="the wait for everything but memory, before the attempt")
+    warming: Warming | None = Field(
+        default=None, description="null: the compile cache needed none (cold, or warm already)"
+    )
+    guard: Guard | None = Field(default=None, description="what happened on the host meanwhile")
+    watchdog: Watchdog | None = Field(default=None, description="null: nothing was executed")
+    back: Wait | None = Field(
+        default=None, description="the wait for memory after the attempt: how late it comes back"
+    )
+    ledger: list[Ledger] | None = Field(
+        default=None, description="each of the host's observations balanced; null: by a program without a ledger"
+    )
+    orchestrator: Orchestrator | None = Field(
+        default=None, description="what this program, its Ray and the container services held themselves"
+    )
 
 
 # ---- record.json ------------------------------------------------------------------------------------------
@@ -189,6 +297,9 @@ class Record(Part):
     trial_id: Word = Field(description="BLOCK.ARM")
     arm: Word = Field(description="environment and treatment, by the YAML's name")
     attempt: Annotated[Size, Field(ge=1)] = Field(description="execution of the block, from 1")
+    executor: Literal["ray", "local"] | None = Field(
+        default=None, description="what executed it: a Ray actor, or the driver's own process"
+    )
     position: Size = Field(description="place of the arm in the block's order, from 0")
     configuration: dict[str, int | float] = Field(
         description="max_batch_size, max_num_tokens (counts), memory_fraction (0 to 1)"

@@ -121,6 +121,10 @@ class Sizing(Part):
         default=None,
         description="/proc/meminfo at that moment, all fields, in bytes (HugePages_* are counts)",
     )
+    per_cpu_free_bytes: Size | None = Field(
+        default=None,
+        description="free pages in per-CPU lists, in no meminfo counter, read right after that meminfo",
+    )
     terms: dict[str, Size] | None = Field(
         default=None, description="further terms in the engine's own words, in bytes: name to size"
     )
@@ -155,6 +159,9 @@ class EngineInfo(OpenPart):
     name: Word = Field(description="the engine's own name")
     version: Word = Field(description="version of the engine's library")
     fake: bool | None = Field(default=None, description="true: no engine ran, the numbers mean nothing")
+    probe: bool | None = Field(
+        default=None, description="true: the sizing law over real memory, no inference engine ran"
+    )
 
 
 class ModelInfo(Part):
@@ -214,6 +221,13 @@ class RootMount(Part):
     options: str | None = Field(default=None, description="its mount options: ro or rw first")
 
 
+class Mount(Part):
+    source: str = Field(description="what is mounted: a device, a server's folder, or the filesystem's own word")
+    target: str = Field(description="where, as the worker's root shows it")
+    type: str = Field(description="type of the filesystem")
+    options: str = Field(description="options of the mount, then of the filesystem; folders of an overlay left out")
+
+
 class Evidence(Part):
     """What the worker read about where it really was, before the engine was imported."""
 
@@ -244,7 +258,14 @@ class Evidence(Part):
     overcommit_memory: str | None = Field(
         description="/proc/sys/vm/overcommit_memory, verbatim; null if unreadable"
     )
+    swappiness: str | None = Field(
+        default=None, description="/proc/sys/vm/swappiness, verbatim; null if unreadable"
+    )
     shm_bytes: Size | None = Field(description="size of /dev/shm in bytes; null if there is none")
+    mounts: list[Mount] | None = Field(
+        default=None,
+        description="what is mounted under its root, without what differs between any two mount namespaces",
+    )
     docker_sockets: list[str] | None = Field(
         default=None,
         description="ways to a Docker daemon that the worker found: a socket's path or DOCKER_HOST",

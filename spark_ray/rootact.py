@@ -1,16 +1,20 @@
-"""The host's side of `privileged.py`: whether root acts are possible here, and how one is started."""
+"""The host's side of the root acts, `privileged.py` and `isolate.py`: whether they are possible here, and how one is started."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from . import capabilities
 from .errors import UnavailableError
 
 SCRIPT = Path(__file__).with_name("privileged.py")
+ISOLATE = Path(__file__).with_name("isolate.py")
 MEND = "run as root, or let this user run sudo without a password"
 
 
@@ -28,32 +32,60 @@ class RootActs:
             self._prefix = ("sudo", "-n", "--")
         return True, "through sudo" if self._prefix else "this is root"
 
-    def argv(self, verb: str, *args: str) -> list[str]:
-        """The command of one act. Through sudo the act is a child of the process started, not the process itself."""
+    def prefix(self, what: str = "a root act") -> tuple[str, ...]:
+        """What stands in front of every act. Through sudo the act is a child of the process started, not the process itself."""
         possible, reason = self.available()
         if not possible or self._prefix is None:
-            raise UnavailableError(f"{verb} needs root: {reason}", mend=MEND)
-        return [*self._prefix, sys.executable, "-I", "-S", str(SCRIPT), verb, *args]
+            raise UnavailableError(f"{what} needs root: {reason}", mend=MEND)
+        return (*self._prefix, sys.executable, "-I", "-S")
+
+    def argv(self, verb: str, *args: str) -> list[str]:
+        """The command of one act."""
+        return act(self.prefix(verb), verb, *args)
 
     def run(self, verb: str, *args: str, timeout_s: float = 60) -> str:
         """Do one act and return what it printed."""
-        command = self.argv(verb, *args)
+        return run(self.argv(verb, *args), verb, timeout_s)
+
+    def isolation(self, folder: Path) -> dict[str, str]:
+        """Ways of separating a worker that do not work here, with the reason; each tried for real, and nothing lasts.
+
+        `folder` lies where the rootfs will. Ways: mount, overlay, each kind of namespace, and memory (a cgroup).
+        """
+        failed: dict[str, str] = json.loads(self.run("probe", str(folder)))
+        name = f"probe-{os.getpid()}"
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise UnavailableError(f"{verb} did not end within {timeout_s:g} s", mend=MEND) from None
-        if done.returncode != 0:
-            raise UnavailableError(
-                f"{verb} failed: {done.stderr.strip() or f'exit {done.returncode}'}", mend=MEND
-            )
-        return done.stdout
+            self.run("make-group", name, str(64 << 20))
+        except UnavailableError as error:
+            failed["memory"] = error.message
+        else:
+            self.run("remove-group", name)
+        return {way: capabilities.explain_isolation(way, reason) for way, reason in failed.items()}
+
+
+def act(prefix: Sequence[str], verb: str, *args: str) -> list[str]:
+    """The command of one act, given what stands in front of every one."""
+    return [*prefix, str(ISOLATE if verb in {"enter", "probe"} else SCRIPT), verb, *args]
+
+
+def run(command: Sequence[str], what: str, timeout_s: float = 60) -> str:
+    """Do one act and return what it printed; UnavailableError with its own words when it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"{what} did not end within {timeout_s:g} s", mend=MEND) from None
+    if done.returncode != 0:
+        raise UnavailableError(
+            f"{what} failed: {done.stderr.strip() or f'exit {done.returncode}'}", mend=MEND
+        )
+    return done.stdout
 
 
 def _sudo_problem() -> str:

@@ -30,7 +30,13 @@ from typing import Any, Self
 from .errors import InputError, UnavailableError
 
 KERNEL_FOLDERS = ("dev", "proc", "sys")
-MOUNT_POINTS = ("spark_ray/attempt", "spark_ray/bundle", "spark_ray/model", "spark_ray/driver")
+MOUNT_POINTS = (
+    "spark_ray/attempt",
+    "spark_ray/bundle",
+    "spark_ray/model",
+    "spark_ray/driver",
+    "spark_ray/cache",
+)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _FILES = {
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
@@ -105,6 +111,18 @@ def load(path: Path) -> Rootfs:
             f"{sidecar(path)} does not describe a rootfs: {error}", mend="build or extract it again"
         ) from None
     return rootfs if rootfs.path == path else Rootfs(**{**vars(rootfs), "path": path})  # the folder was moved
+
+
+def load_usable(path: Path) -> Rootfs:
+    """As `load`; a tree that an older program made, without a mount point that is needed now, is refused."""
+    rootfs = load(path)
+    lacking = [f"/{name}" for name in MOUNT_POINTS if not (rootfs.path / name).is_dir()]
+    if lacking:
+        raise InputError(
+            f"{rootfs.path} has no {', '.join(lacking)}: an older spark_ray made it",
+            mend="build or extract it again",
+        )
+    return rootfs
 
 
 # ---- content ----------------------------------------------------------------------------------------------

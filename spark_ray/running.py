@@ -19,10 +19,10 @@ from typing import Any, Literal
 import click
 from rich.console import Console
 
-from . import config, image, opening, reap
+from . import config, image, opening, orchestrator, reap
 from .cluster import one_local_node
 from .environment_spec import DockerEnvironment
-from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, RunError
+from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, InputError, RunError
 from .execute import Drive, LocalSlots, failed_share
 from .preview import Preview, preview, probe
 from .search import Search
@@ -45,6 +45,7 @@ class Options:
     resume: bool = False
     plan: bool = False
     json: bool = False
+    report: bool = True
     max_blocks: int | None = None
     max_time_s: float | None = None
     verbose: bool = False
@@ -104,6 +105,13 @@ def _allow_roots(path: Path, options: Options) -> list[str | Path]:
 
 def look(path: Path, overrides: tuple[str, ...], options: Options) -> Planned:
     loaded = config.load_experiment(path, overrides, _allow_roots(path, options))
+    if (options.address or options.cluster) and orchestrator.named(
+        loaded.experiment, list(loaded.experiment.arms)
+    ):
+        raise InputError(
+            f"{path}: arms name their orchestrator, so this run is executed on this host alone",
+            mend="leave out --address and --cluster",
+        )
     cluster = config.load_cluster(options.cluster) if options.cluster else one_local_node()
     folder = run_folder(options, loaded.experiment.name)
     return Planned(loaded, preview(loaded.experiment, cluster, probe(loaded.experiment)), folder)
@@ -133,11 +141,15 @@ def begin_or_resume(planned: Planned, options: Options) -> Store:
         return opening.again(planned.folder, planned.loaded, planned.plan)
     cluster = options.cluster.read_text(encoding="utf-8") if options.cluster else None
     executor = "local" if options.local else "ray"
+    if orchestrator.named(planned.loaded.experiment, planned.plan.executed):
+        executor = "by arm"
     return opening.begin(planned.folder, planned.loaded, planned.plan, cluster=cluster, executor=executor)
 
 
 def _slots(store: Store, planned: Planned, options: Options, console: Console) -> Any:
     experiment, arms = planned.loaded.experiment, planned.plan.executed
+    if orchestrator.named(experiment, arms):
+        return orchestrator.OrchestratedSlots(store.folder, experiment, arms)
     if options.local:
         return LocalSlots(store.folder, experiment, arms)
     from .actors import RaySlots
@@ -253,7 +265,12 @@ def execute(
 ) -> Ended:
     """Drive an open run and report it."""
     how = _drive(store, planned, options, console)
-    summary = _report_apart(store.folder, console) if report_apart else _report(store.folder)
+    if not options.report:
+        later = f"records only; their report: spark-ray report {store.folder}"
+        console.print(later, soft_wrap=True, markup=False)
+        summary = {}
+    else:
+        summary = _report_apart(store.folder, console) if report_apart else _report(store.folder)
     if summary and not options.json:
         show_summary(console, summary, str(store.folder / "report.html"))
     if how == "interrupted":
@@ -332,4 +349,6 @@ def resume_line(paths: Sequence[Path], overrides: tuple[str, ...], options: Opti
         words.append("--local")
     if options.address:
         words += ["--address", options.address]
+    if not options.report:
+        words.append("--no-report")
     return shlex.join(words)

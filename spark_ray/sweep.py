@@ -50,6 +50,11 @@ ALLOW_ROOT = click.option(
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change one value of the experiment."
 )
+@click.option(
+    "--no-report",
+    is_flag=True,
+    help="Leave the report out, which takes seconds; spark-ray report RUN makes it later.",
+)
 @ALLOW_ROOT
 @click.option(
     "--json",
@@ -61,7 +66,7 @@ ALLOW_ROOT = click.option(
 def command(
     experiments: tuple[Path, ...], out: Path | None, address: str | None, cluster: Path | None, local: bool, resume: bool, plan: bool,
     overrides: tuple[str, ...], as_json: bool, seed: int | None, max_blocks: int | None, max_time: str | None, verbose: bool,
-    allow_roots: tuple[Path, ...],
+    allow_roots: tuple[Path, ...], no_report: bool,
 ) -> int:  # fmt: skip
     """Execute each EXPERIMENT (a YAML file) as blocks of paired trials, and write its report.
 
@@ -69,6 +74,8 @@ def command(
     """
     if local and address:
         raise click.UsageError("--local is without Ray, --address joins one: choose")
+    if no_report and (as_json or len(experiments) > 1):
+        raise click.UsageError("--no-report leaves out what --json and several experiments end with")
     try:
         max_time_s = parse_duration_s(max_time) if max_time else None
     except ValueError as error:
@@ -78,6 +85,7 @@ def command(
     options = Options(
         out=out, address=address, cluster=cluster, local=local, resume=resume, plan=plan, json=as_json,
         max_blocks=max_blocks, max_time_s=max_time_s, verbose=verbose, allow_roots=allow_roots,
+        report=not no_report,
     )  # fmt: skip
     if len(experiments) == 1:
         return run(experiments[0], overrides, options)

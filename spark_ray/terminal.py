@@ -30,6 +30,8 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
     )
     if experiment.engine.kind == "fake":
         console.print("[yellow]engine fake: no engine runs; its numbers mean nothing[/yellow]")
+    elif experiment.engine.kind == "probe":
+        console.print("[yellow]PROBE: the sizing law over real memory; no inference engine runs[/yellow]")
     table = Table(box=None, pad_edge=False)
     for heading in ("arm", "what", "here"):
         table.add_column(heading, overflow="fold")
@@ -54,6 +56,7 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
         ),
         f"folder      {folder}",
     ]
+    lines += _orchestrated(plan)
     lines += [f"first do    {step}" for step in plan.preparations]
     lines += (
         [f"order       {'  |  '.join(' > '.join(order) for order in plan.first_orders(3))} ..."]
@@ -67,6 +70,19 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
             console.print(f"warning     {arm.name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for problem in plan.problems:
         console.print(f"missing     {problem}", style="red", soft_wrap=True, markup=False)
+
+
+def _orchestrated(plan: Preview) -> list[str]:
+    """Which arms are executed through a Ray of their own, where arms say so."""
+    arms = plan.experiment.arms
+    if not any(arms[arm].orchestrator for arm in plan.executed):
+        return []
+    ray = ", ".join(arm for arm in plan.executed if arms[arm].orchestrator == "ray")
+    others = ", ".join(arm for arm in plan.executed if arms[arm].orchestrator != "ray")
+    return [
+        f"executor    {ray or 'none'}: through a Ray that is started for each attempt and stopped after it",
+        f"            {others or 'none'}: in this process, while no Ray of this run lives",
+    ]
 
 
 class Terminal:

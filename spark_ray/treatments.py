@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .conditions import Fill, Treatment
-from .errors import RunError
+from . import page_cache
+from .ballast import Ballast, refuse_if_too_large, size_of
+from .compile_cache import CompileCaches, content
+from .conditions import Fill, Limits, Share, Treatment
+from .errors import UnavailableError
 from .rootact import RootActs
+from .units import format_bytes
 from .worker import observe
 
-_SYS_CACHESTAT = 451  # the same number on every architecture; Linux 6.5 and later
 _HELD_SHARE = 0.98  # of a fill that must still be resident at the sizing moment
-_CHUNK = 4 << 20
+_BALLAST_SHARE = 0.995  # of a ballast: nothing reclaims it here, but swapping would
+_WAITING_SHARE = (
+    0.005  # of all memory that may wait in per-CPU lists that were drained: a drain leaves about 0.1 %
+)
 
 
-def resident_bytes(path: Path) -> int:
-    """Bytes of a file in the page cache now: cachestat, else mincore."""
-    size = path.stat().st_size
-    if size == 0:
-        return 0
-    libc = ctypes.CDLL(None, use_errno=True)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        span = (ctypes.c_uint64 * 2)(0, 0)  # offset 0, length 0: the whole file
-        counts = (ctypes.c_uint64 * 5)()
-        if libc.syscall(_SYS_CACHESTAT, descriptor, span, counts, 0) == 0:
-            return int(counts[0]) * mmap.PAGESIZE
-        pages = -(-size // mmap.PAGESIZE)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        vector = (ctypes.c_ubyte * pages)()
-        libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), vector)
-        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
-        return sum(byte & 1 for byte in vector) * mmap.PAGESIZE
-    finally:
-        os.close(descriptor)
-
-
-def read_through(path: Path) -> None:
-    """Bring a file into the page cache."""
-    buffer = bytearray(_CHUNK)
-    with path.open("rb", buffering=0) as stream:
-        while stream.readinto(buffer):
-            pass
-
-
-def advise_away(paths: list[Path]) -> None:
-    """Ask the kernel to forget clean cached pages of files; needs no privilege beyond reading them."""
-    for path in paths:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+# ---- what is asked for ------------------------------------------------------------------------------------
 
 
 def effective(treatment: Treatment, root_acts: bool) -> tuple[dict[str, Any], list[str]]:
@@ -80,8 +43,34 @@ def effective(treatment: Treatment, root_acts: bool) -> tuple[dict[str, Any], li
             warnings.append(
                 "per_cpu_pages: drained needs root; freed memory may hide in per-CPU lists for a minute"
             )
-    value = {"fill_bytes": cache.fill} if isinstance(cache, Fill) else cache
-    return {"page_cache": value, "per_cpu_pages": pages}, warnings
+    ballast = treatment.ballast
+    return {
+        "page_cache": {"fill_bytes": cache.fill} if isinstance(cache, Fill) else cache,
+        "per_cpu_pages": pages,
+        "compile_cache": treatment.compile_cache,
+        "swap": treatment.swap,
+        "ballast": {"share": ballast.share} if isinstance(ballast, Share)
+        else None if ballast is None else {"size_bytes": ballast},
+    }, warnings  # fmt: skip
+
+
+def words(treatment: Mapping[str, Any]) -> str:
+    """An effective treatment for people; what is as in every experiment is left out."""
+    cache, ballast = treatment["page_cache"], treatment["ballast"]
+    said = f"fill {format_bytes(cache['fill_bytes'])}" if isinstance(cache, dict) else cache
+    parts = [f"page cache: {said}", f"per-CPU pages: {treatment['per_cpu_pages']}"]
+    if treatment["compile_cache"] == "warm":
+        parts.append("compile cache: warm")
+    if treatment["swap"] == "require_off":
+        parts.append("swap: must be off")
+    if ballast:
+        size = (
+            format_bytes(ballast["size_bytes"])
+            if "size_bytes" in ballast
+            else f"{ballast['share']:.3g} of what is free"
+        )
+        parts.append(f"ballast: {size}")
+    return "; ".join(parts)
 
 
 def missing(treatment: Treatment, root_acts: bool) -> str | None:
@@ -94,80 +83,274 @@ def missing(treatment: Treatment, root_acts: bool) -> str | None:
     return f"{' and '.join(asked)} needs root" if asked else None
 
 
-class Treatments:
-    """Applies treatments on one slot. `scratch` holds the fill file and must be on a disk, not in memory."""
+def impossible(treatment: Treatment, limits: Limits, info: Mapping[str, int]) -> list[tuple[str, str]]:
+    """What this host's memory (/proc/meminfo) forbids: (what, the mend) each."""
+    found = []
+    if treatment.swap == "require_off" and (swap := info.get("SwapTotal", 0)):
+        found.append(
+            (
+                f"swap: require_off, and this host has {format_bytes(swap)} of swap space",
+                "swapoff -a, or leave treatment.swap out",
+            )
+        )
+    ballast, total = treatment.ballast, info["MemTotal"]
+    size = ballast.share * total if isinstance(ballast, Share) else ballast or 0
+    if size and size + limits.watchdog > total:
+        found.append(
+            (
+                f"a ballast of {format_bytes(size)} and limits.watchdog are more than this host's memory",
+                "lower treatment.ballast",
+            )
+        )
+    return found
 
-    def __init__(self, root_acts: RootActs, scratch: Path, known_files: list[Path]) -> None:
+
+# ---- on the host ------------------------------------------------------------------------------------------
+
+
+class Treatments:
+    """Applies treatments on one slot: `apply`, `settle`, `at_sizing`, `undo` for each execution, in this order.
+
+    `scratch` holds the fill file and compiled kernels, and must be on a disk, not in memory. `run` names the run
+    folder to processes that are started, so that what outlives a run can be told whose it was.
+    """
+
+    def __init__(
+        self, root_acts: RootActs, scratch: Path, known_files: list[Path], *, run: str | None = None
+    ) -> None:
         self._root = root_acts
         self._can = root_acts.available()[0]
         self._scratch = scratch
         self._known = known_files
-        self._fill: Path | None = None
+        self._run = run if run is not None else str(scratch.parent.parent)
+        self._caches = CompileCaches(scratch / "compile-cache")
+        self._forget()
 
-    def apply(self, treatment: dict[str, Any]) -> dict[str, Any]:
-        """Bring the host into the state; returns what was done and read. `treatment` comes from `effective`."""
+    def _forget(self) -> None:
+        """No execution is under way."""
+        self._asked: dict[str, Any] = {}
+        self._left: dict[str, Any] = {}  # what `apply` returned
+        self._settled: dict[str, Any] = {}
+        self._fill: Path | None = None
+        self._ballast: Ballast | None = None
+        self._cache: tuple[Path, bool] | None = (
+            None  # of compiled kernels: the folder, and whether it was warm
+        )
+
+    def apply(
+        self,
+        treatment: dict[str, Any],
+        *,
+        arm: str = "",
+        configuration: Mapping[str, Any] | None = None,
+        spare_bytes: int = 0,
+    ) -> dict[str, Any]:
+        """Bring the host into the state, as `effective` gave it; returns what was done and read.
+
+        `spare_bytes`: what a ballast must leave of the available memory (limits.watchdog).
+        """
+        self._asked = treatment
+        try:
+            self._left = self._apply(treatment, arm, configuration or {}, spare_bytes)
+        except BaseException:
+            self.undo()
+            raise
+        return dict(self._left)
+
+    def _apply(
+        self, treatment: dict[str, Any], arm: str, configuration: Mapping[str, Any], spare_bytes: int
+    ) -> dict[str, Any]:
+        done: dict[str, Any] = {"asked": treatment}
         cache = treatment["page_cache"]
-        done: dict[str, Any] = {}
+        if arm:
+            done |= self._prepare_cache(treatment.get("compile_cache", "cold"), arm, configuration)
         if cache != "keep":
             if cache != "advise" and self._can:
                 self._root.run("drop-caches")
                 done["dropped"] = True
             else:
-                advise_away(self._known)
+                page_cache.advise_away(self._known)
                 done["advised_files"] = len(self._known)
-        if treatment["per_cpu_pages"] == "drained":
-            self._root.run("drain-per-cpu")
         if isinstance(cache, dict):
-            done["filled_bytes"] = self._fill_cache(cache["fill_bytes"])
+            self._fill = page_cache.fill(self._scratch, cache["fill_bytes"])
+            done["filled_bytes"] = observe.resident_bytes(self._fill)
+        if asked := treatment.get("ballast"):
+            done |= self._load_ballast(asked, spare_bytes)
+        if treatment["per_cpu_pages"] == "drained":  # last: the acts before it free memory as well
+            done["drained"] = json.loads(self._root.run("drain-per-cpu"))
         info = observe.meminfo()
         return done | {
-            "asked": treatment,
             "mem_free_bytes": info["MemFree"],
             "cached_bytes": info["Cached"] + info["Buffers"],
+            "page_cache_bytes": page_cache.of_files_bytes(info),
+            "model_resident_bytes": self._model_resident(),
+            "swap_total_bytes": info.get("SwapTotal", 0),
         }
 
-    def _fill_cache(self, size_bytes: int) -> int:
-        path = self._scratch / f"page-cache-fill-{size_bytes}"
-        try:
-            self._scratch.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                # Allocated but never written: reading it fills the cache with no disk traffic.
-                part = path.with_suffix(".part")
-                with part.open("wb") as stream:
-                    os.posix_fallocate(stream.fileno(), 0, size_bytes)
-                part.replace(path)
-            read_through(path)
-        except OSError as error:
-            path.with_suffix(".part").unlink(missing_ok=True)
-            raise RunError(
-                f"cannot make the page-cache fill file {path}: {error.strerror}",
-                mend=f"free {size_bytes >> 20} MiB on that disk, or lower page_cache: {{fill: ...}}",
-            ) from error
-        self._fill = path
-        return resident_bytes(path)
+    def _load_ballast(self, asked: dict[str, Any], spare_bytes: int) -> dict[str, Any]:
+        info = observe.meminfo()
+        waiting = _per_cpu_free_bytes() or 0
+        size = size_of(asked, info["MemFree"] + waiting)
+        refuse_if_too_large(size, info["MemAvailable"] + waiting, spare_bytes)
+        self._ballast = Ballast(size, self._run)
+        return {
+            "ballast_bytes": size,
+            "ballast_pid": self._ballast.pid,
+            "ballast_locked": self._ballast.locked,
+            "ballast_root_cgroup": self._ballast.root_cgroup,
+        }
 
-    def seen_now(self) -> dict[str, Any]:
-        """What of the state can be read back: asked for at the sizing moment."""
-        return {"fill_resident_bytes": resident_bytes(self._fill)} if self._fill else {}
+    def _prepare_cache(self, state: str, arm: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        warm = state == "warm" and self._caches.is_warm(arm, configuration)
+        folder = self._caches.prepare(state, arm, configuration)
+        self._cache = folder, warm
+        files, size = content(folder)
+        return {"compile_cache_warm": warm, "compile_cache_files": files, "compile_cache_bytes": size}
+
+    def _model_resident(self) -> int | None:
+        sums = observe.resident(self._known)
+        resident: int | None = sums.get("resident_bytes", None if sums.get("absent") else 0)
+        return resident
+
+    # -- compiled kernels -----------------------------------------------------------------------------------
+
+    def compile_cache(self, treatment: Mapping[str, Any], arm: str, configuration: Mapping[str, Any]) -> Path:
+        """The folder for `environments.Site`; `apply` makes it."""
+        return self._caches.folder_of(treatment.get("compile_cache", "cold"), arm, configuration)
+
+    def needs_warming(self, treatment: Mapping[str, Any], arm: str, configuration: Mapping[str, Any]) -> bool:
+        """Whether an execution that is not measured must come first: with `apply` and `undo` around it, then `warmed`."""
+        return treatment.get("compile_cache") == "warm" and not self._caches.is_warm(arm, configuration)
+
+    def warmed(self, arm: str, configuration: Mapping[str, Any], note: Mapping[str, Any]) -> None:
+        """Such an execution has ended by itself, whatever its answer: not by a disturbance. `note` says how."""
+        self._caches.warmed(arm, configuration, note)
+
+    # -- while the worker runs, and after it ----------------------------------------------------------------
+
+    def children(self) -> list[int]:
+        """Processes that belong to the treatment."""
+        return [self._ballast.pid] if self._ballast else []
+
+    def settle(self) -> dict[str, Any]:
+        """Right before the engine reads free memory: what does not last is done again. Never raises."""
+        if self._asked.get("per_cpu_pages") == "drained":
+            try:
+                self._settled = {"drained": json.loads(self._root.run("drain-per-cpu"))}
+            except UnavailableError as error:  # the attempt is disturbed by it, the run is not
+                self._settled = {"drain_error": error.message}
+        return dict(self._settled)
+
+    def at_sizing(
+        self, model_resident_bytes: int | None = None, mapped_file_bytes: int | None = None
+    ) -> dict[str, Any]:
+        """What of the state is there at the sizing moment.
+
+        `model_resident_bytes`: model files in the page cache, asked here if the caller does not know.
+        `mapped_file_bytes`: files that the worker's tree has mapped.
+        """
+        if not self._settled:
+            self.settle()  # a worker of an older program says no `settle`
+        info = observe.meminfo()
+        seen = dict(self._settled)
+        seen["per_cpu_free_bytes"] = _per_cpu_free_bytes()
+        seen["per_cpu_allowed_bytes"] = int(_WAITING_SHARE * info["MemTotal"])
+        seen["page_cache_bytes"] = page_cache.of_files_bytes(info)
+        seen["swap_total_bytes"] = info.get("SwapTotal", 0)
+        if self._fill:
+            seen["fill_resident_bytes"] = _resident_bytes(self._fill)
+        if self._ballast:
+            seen["ballast_bytes"] = self._ballast.size_bytes
+            seen["ballast_resident_bytes"] = self._ballast.resident_bytes()
+        if self._cache:
+            files, size = content(self._cache[0])
+            seen |= {
+                "compile_cache_warm": self._cache[1], "compile_cache_files": files, "compile_cache_bytes": size,
+            }  # fmt: skip
+        if model_resident_bytes is None:
+            model_resident_bytes = self._model_resident()
+        seen["model_resident_bytes"] = model_resident_bytes
+        seen["mapped_file_bytes"] = mapped_file_bytes
+        if (unexplained := _unexplained_bytes(self._left, seen)) is not None:
+            seen["unexplained_cache_bytes"] = unexplained
+        return {name: value for name, value in seen.items() if value is not None}
 
     def undo(self) -> None:
-        """After the attempt: the fill leaves the cache."""
+        """After the attempt: the fill leaves the cache, and the ballast is gone when this returns."""
         if self._fill:
-            advise_away([self._fill])
-            self._fill = None
+            page_cache.advise_away([self._fill])
+        if self._ballast:
+            self._ballast.release()
+        self._forget()
 
     def close(self) -> None:
-        """Remove what treatments left on disk."""
-        for path in self._scratch.glob("page-cache-fill-*"):
-            path.unlink(missing_ok=True)
+        """Remove what treatments left."""
+        self.undo()
+        page_cache.remove_fills(self._scratch)
+        self._caches.remove()
 
 
-def not_held(treatment: dict[str, Any], seen: dict[str, Any] | None) -> str | None:
-    """Why the state did not hold until the sizing moment; None when it did or the worker never got there."""
-    cache = treatment["page_cache"]
-    if not isinstance(cache, dict) or seen is None:
+def _per_cpu_free_bytes() -> int | None:
+    try:
+        return observe.per_cpu_free_bytes()
+    except OSError:
         return None
-    resident = seen.get("fill_resident_bytes", 0)
-    if resident < _HELD_SHARE * cache["fill_bytes"]:
-        return f"page cache fill: {resident} of {cache['fill_bytes']} bytes were still resident at the sizing moment"
-    return None
+
+
+def _resident_bytes(path: Path) -> int:
+    try:
+        return observe.resident_bytes(path)
+    except OSError:  # somebody removed it, and its pages went with it
+        return 0
+
+
+def _unexplained_bytes(left: Mapping[str, Any], seen: Mapping[str, Any]) -> int | None:
+    """Page cache that came since `apply` and is neither fill, nor the model's, nor mapped by the worker.
+
+    None when the model's part cannot be known. A model that is mapped is taken off twice: this is a bound from below.
+    """
+    model_before, model_now = left.get("model_resident_bytes"), seen["model_resident_bytes"]
+    if model_before is None or model_now is None:
+        return None
+    before: int = left["page_cache_bytes"] - left.get("filled_bytes", 0) - model_before
+    now: int = seen["page_cache_bytes"] - seen.get("fill_resident_bytes", 0) - model_now
+    return max(0, now - (seen["mapped_file_bytes"] or 0) - before)
+
+
+# ---- whether it held --------------------------------------------------------------------------------------
+
+
+def not_held(
+    treatment: Mapping[str, Any], seen: Mapping[str, Any] | None, limits: Limits | None = None
+) -> str | None:
+    """Why the state did not hold until the sizing moment; None when it did or the worker never got there."""
+    if seen is None:
+        return None
+    return "; ".join(_broken(treatment, seen, limits or Limits())) or None
+
+
+def _broken(treatment: Mapping[str, Any], seen: Mapping[str, Any], limits: Limits) -> Iterator[str]:
+    cache = treatment["page_cache"]
+    if isinstance(cache, dict):
+        resident = seen.get("fill_resident_bytes", 0)
+        if resident < _HELD_SHARE * cache["fill_bytes"]:
+            yield f"page cache fill: {resident} of {cache['fill_bytes']} bytes were still resident at the sizing moment"
+    others = seen.get("unexplained_cache_bytes", 0)
+    if cache != "keep" and others > limits.cache_tolerance:
+        yield (
+            f"page cache: {format_bytes(others)} came from elsewhere before the sizing moment,"
+            f" limits.cache_tolerance is {format_bytes(limits.cache_tolerance)}"
+        )
+    if treatment["per_cpu_pages"] == "drained":
+        if "drain_error" in seen:
+            yield f"per-CPU lists could not be drained at the sizing moment: {seen['drain_error']}"
+        elif (waiting := seen.get("per_cpu_free_bytes", 0)) > seen["per_cpu_allowed_bytes"]:
+            yield f"per-CPU lists: {format_bytes(waiting)} waited there at the sizing moment, though drained"
+    if treatment.get("compile_cache") == "warm" and not seen.get("compile_cache_warm"):
+        yield "compile cache: no execution that is not measured had warmed it"
+    if treatment.get("swap") == "require_off" and seen.get("swap_total_bytes"):
+        yield f"swap: {format_bytes(seen['swap_total_bytes'])} of swap space at the sizing moment"
+    if treatment.get("ballast"):
+        held, wanted = seen.get("ballast_resident_bytes", 0), seen.get("ballast_bytes", 0)
+        if not wanted or held < _BALLAST_SHARE * wanted:
+            yield f"ballast: {held} of {wanted} bytes were resident at the sizing moment"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-TIERS = ("docs", "process", "root", "docker", "ray", "embedded", "browser", "gpu")
+TIERS = ("docs", "process", "root", "docker", "podman", "ray", "embedded", "browser", "gpu")
 _LIBRARIES = {
     "embedded": ("torch", "transformers"),
     "docs": ("sphinx", "myst_parser", "furo", "sphinx_click"),
@@ -32,6 +32,10 @@ def _lack_of(tier: str) -> str | None:
         except UnavailableError as error:
             return error.message
         return None
+    if tier == "podman":
+        from spark_ray import guest_podman
+
+        return (guest_podman.lacking() or (None,))[0]
     if tier in _LIBRARIES:
         missing = [name for name in _LIBRARIES[tier] if importlib.util.find_spec(name) is None]
         return f"{' and '.join(missing)} not installed: pip install -e '.[{tier}]'" if missing else None

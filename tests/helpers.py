@@ -95,4 +95,5 @@ def call(module, *arguments, **variables):
 
 
 run = functools.partial(call, "spark_ray.sweep")
+run_without_report = functools.partial(run, "--local", "--no-report")  # a report takes longer than a fake run
 spark_ray = functools.partial(call, "spark_ray")

@@ -35,7 +35,7 @@ def browsed(tmp_path_factory):
 def test_every_chart_is_drawn(browsed):
     dom, _, _ = browsed
     charts = re.findall(r'id="chart-(\w+)"', dom)
-    assert charts == ["capacity", "contrast", "decomposition", "prediction", "phases", "timeline"]
+    assert charts == ["capacity", "contrast", "waterfall", "prediction", "phases", "timeline"]
     drawn = re.search(r'<body[^>]* data-drawn="(\d+)"', dom)
     assert drawn is not None
     assert int(drawn[1]) == len(charts)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import audit, contrasts, fingerprint, frames, reading, report
+from analysis import audit, contrasts, findings, fingerprint, frames, reading, report
 from spark_ray.plan import make_block
 from spark_ray.store import RECORD, Store, write_durably
 from spark_ray.units import GIB, MIB
@@ -156,7 +156,7 @@ def test_a_row_says_what_the_record_says():
 
 def test_what_a_record_lacks_is_absent_and_never_zero():
     row = table({"trial_id": "x", "outcome": {"kind": "crashed"}}).iloc[0]
-    known = {"trial_id", "outcome", "standing", "fake", "simulated", "treatment", "setup"}
+    known = {"trial_id", "outcome", "standing", "fake", "simulated", "probe", "treatment", "setup"}
     assert [name for name in row.index if name not in known and not pd.isna(row[name])] == []
 
 
@@ -245,7 +245,7 @@ def test_a_record_with_odd_parts_gives_absent_values_not_a_traceback(changes):
     properties = fingerprint.compare(records, ("empty", "full"))
     rivals = fingerprint.rivals(properties, ("empty", "full"), "empty", "full")
     assert audit.findings(
-        audit.Evidence({}, trials, pairs, {}, ("empty", "full"), "empty", "full", len(rivals))
+        findings.Evidence({}, trials, pairs, {}, ("empty", "full"), "empty", "full", len(rivals))
     )
 
 

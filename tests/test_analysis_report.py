@@ -7,7 +7,7 @@ import shutil
 import pytest
 from test_analysis_frames import OTHERS_MIB, compose, record, two_gib_of_cache
 
-from analysis import overview, report, statistics, verdict
+from analysis import attribution, overview, report, statistics, verdict
 from spark_ray.units import GIB, MIB
 
 NAN_FREE = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
@@ -47,7 +47,7 @@ def test_the_summary_has_the_numbers(golden):
     (found,) = summary["contrasts"]
     assert found["mean_predicted_delta_bytes"] == pytest.approx(-0.225 * 2 * GIB)
     assert sum(found["mean_term_bytes"].values()) == pytest.approx(found["mean_delta_kv_cache_bytes"])
-    assert found["mean_term_bytes"]["other_anonymous"] == pytest.approx(
+    assert found["mean_term_bytes"]["other_processes"] == pytest.approx(
         -MIB * 0.05 * sum((i + 1) * more for i, more in enumerate(OTHERS_MIB)) / 8
     )
 
@@ -185,6 +185,13 @@ def test_equal_arms_are_called_equal_and_set_the_noise_floor(tmp_path):
     summary, _ = written(compose(tmp_path / "run", records, blocks=6, arms=arms))
     assert 0 < summary["noise_floor"] < 0.01
     assert not any("A/A" in each for each in sentences(summary))
+    (twin,) = summary["noise"]
+    assert (twin["arm"], twin["blocks"], twin["floor"]) == ("empty-again", 6, summary["noise_floor"])
+    assert twin["detectable_contrast"] == pytest.approx(
+        (1.96 + 0.8416) * twin["sd_per_block"] / 6**0.5, rel=1e-3
+    )
+    assert "Noise floor: " in summary["verdict"]
+    assert "with 80 % power" in summary["verdict"]
     assert summary["contrasts"][1]["equivalence"]["p"] < 0.05
 
 
@@ -247,17 +254,26 @@ def test_a_difference_within_its_interval_is_none(tmp_path):
     assert "Equivalent within ±2.0 %" in text
 
 
+def divided(terms):
+    """An attribution with these means."""
+    total = statistics.paired([sum(terms.values())])
+    return attribution.Attribution(
+        total, {name: statistics.paired([size]) for name, size in terms.items()}, ()
+    )
+
+
 def test_more_capacity_is_said_as_more():
     found = verdict.Comparison(
         "b",
         "a",
         statistics.paired([-0.1, -0.12, -0.11]),
         1.0,
+        2700.0 * MIB,
         300.0 * MIB,
         None,
         None,
         None,
-        {"view": 300.0 * MIB},
+        divided({"view": 300.0 * MIB}),
         3,
         {},
     )
@@ -268,7 +284,18 @@ def test_more_capacity_is_said_as_more():
 
 def test_a_difference_below_the_noise_floor_is_not_above_the_noise():
     found = verdict.Comparison(
-        "b", "a", statistics.paired([0.010, 0.012, 0.011]), 0.0, -3.0 * MIB, None, None, None, {}, 3, {}
+        "b",
+        "a",
+        statistics.paired([0.010, 0.012, 0.011]),
+        0.0,
+        300.0 * MIB,
+        -3.0 * MIB,
+        None,
+        None,
+        None,
+        divided({}),
+        3,
+        {},
     )
     assert "not above the noise" in verdict.sentence(found, 0.02)
 

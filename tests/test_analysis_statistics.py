@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_analysis_frames import KV_BLOCK_BYTES, ONE_BLOCK, record, table
 
-from analysis import contrasts, statistics
+from analysis import attribution, contrasts, statistics
 from spark_ray.units import MIB
 
 SLEEP = [
@@ -54,7 +54,8 @@ def test_fewer_than_two_blocks_have_no_interval():
 def test_agreement_to_the_last_digit_is_not_a_division_by_zero():
     found = statistics.paired([0.1, 0.1, 0.1])
     assert (found.low, found.high, found.t) == (found.mean, found.mean, None)
-    assert statistics.paired([0.0, 0.0]).excludes_zero is False
+    none = statistics.paired([0.0, 0.0])
+    assert (none.excludes_zero, none.note) == (False, "0 of 2 blocks differ")
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,7 +95,9 @@ def test_order_trend_and_autocorrelation():
 
 def terms(row):
     return {
-        name: row[f"term_{name}_bytes"] for name in contrasts.TERMS if not pd.isna(row[f"term_{name}_bytes"])
+        name: row[attribution.column(name)]
+        for name in attribution.TERMS
+        if not pd.isna(row[attribution.column(name)])
     }
 
 
@@ -107,7 +110,10 @@ def test_page_cache_alone_is_predicted_to_the_block():
     row = pair(cached=2748 * MIB)
     assert row["predicted_delta_bytes"] == -0.25 * 2048 * MIB
     assert abs(row["unpredicted_bytes"]) <= KV_BLOCK_BYTES
-    assert terms(row)["page_cache"] == row["predicted_delta_bytes"]
+    assert (
+        sum(terms(row)[name] for name in attribution.PAGE_CACHE if name in terms(row))
+        == row["predicted_delta_bytes"]
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,7 +129,7 @@ def test_a_term_that_was_not_read_goes_into_the_rest():
     for each in (base, arm):
         del each["result"]["measurements"]["sizing"]["meminfo"]["AnonPages"]
     row = contrasts.pairs(table(base, arm), ("empty", "full"), "empty").iloc[0]
-    assert "other_anonymous" not in terms(row)
+    assert "other_processes" not in terms(row)
     assert terms(row)["rest"] == pytest.approx(-0.25 * 500 * MIB)
     assert sum(terms(row).values()) == pytest.approx(row["delta_kv_cache_bytes"])
 
@@ -132,7 +138,8 @@ def test_under_a_limit_the_host_s_counters_explain_nothing():
     arm = record(ONE_BLOCK, "full", cached=2748 * MIB)
     arm["result"]["measurements"]["sizing"] |= {"view": "cgroup", "free_bytes": 700 * MIB}
     row = contrasts.pairs(table(record(ONE_BLOCK, "empty"), arm), ("empty", "full"), "empty").iloc[0]
-    assert set(terms(row)) == {"view", "transient", "engine"}
+    assert {name for name, size in terms(row).items() if size} == {"view", "engine"}
+    assert sum(terms(row).values()) == pytest.approx(row["delta_kv_cache_bytes"])
     assert pd.isna(row["predicted_delta_bytes"])
 
 

@@ -88,7 +88,8 @@ def test_a_daemon_that_dies_and_comes_back_disturbs_one_execution_of_its_block(t
     data = experiment_data(blocks=2, arms=("docker", "native"), hold="1500ms")
     data["arms"]["b"]["engine"] = {"hold": "0s"}  # nothing but the daemon's absence fills the time
     path = write_yaml(tmp_path, data)
-    command = [sys.executable, "-m", "spark_ray.sweep", str(path), "--out", str(folder), "--local"]
+    words = [str(path), "--out", str(folder), "--local", "--no-report"]
+    command = [sys.executable, "-m", "spark_ray.sweep", *words]
     environment = {**os.environ, "DOCKER_HOST": engine.url}
     with (tmp_path / "output").open("w") as output:
         driver = subprocess.Popen(

@@ -47,7 +47,7 @@ def sweep(*arguments):
 def test_two_nodes_share_the_blocks_and_a_pair_stays_on_its_slot(tmp_path, address):
     folder = tmp_path / "run"
     path = write_yaml(tmp_path, experiment_data(blocks=6, hold="300ms"))
-    done = sweep(path, "--out", folder, "--address", address)
+    done = sweep(path, "--out", folder, "--address", address, "--no-report")
     assert done.returncode == 0, done.stdout + done.stderr
     slots = defaultdict(set)
     for record in Store.read(folder).records():

@@ -139,6 +139,32 @@ def test_without_an_experiment_no_gpu_no_root_and_no_docker_are_warnings(tmp_pat
     assert [found[name].status for name in ("gpu", "root acts", "docker")] == ["warn"] * 3
 
 
+@pytest.mark.root
+def test_each_way_of_separating_is_tried_and_what_fails_is_named(tmp_path, monkeypatch):
+    data = experiment_data(arms=("native", "isolated"))
+    made = Experiment.model_validate(data)
+    works = by_name(doctor.checks(made, tmp_path))["isolation"]
+    assert works.status == "ok"
+    assert "mount" in works.found
+    refused = {"overlay": "Operation not permitted (it lacks CAP_SYS_ADMIN)"}
+    monkeypatch.setattr(rootact.RootActs, "isolation", lambda self, folder: refused)  # noqa: ARG005
+    found = by_name(doctor.checks(made, tmp_path))
+    assert "overlay" not in found["isolation"].found
+    assert found["isolation overlay"].status == "warn"
+    assert "CAP_SYS_ADMIN" in found["isolation overlay"].found
+    assert "an overlay root" in found["isolation overlay"].mend
+    assert found["arm b"].status == "ok", "it does not ask for an overlay"
+
+
+def test_a_required_isolated_arm_needs_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(rootact.RootActs, "available", lambda self: (False, "sudo asks for a password"))  # noqa: ARG005
+    made = Experiment.model_validate(experiment_data(arms=("native", "isolated")))
+    found = by_name(doctor.checks(made, tmp_path))
+    assert found["root acts"].status == "missing"
+    assert "isolation" not in found
+    assert found["arm b"].status == "missing"
+
+
 def test_cgroup_controllers_are_read_in_both_versions(tmp_path):
     proc, top = tmp_path / "proc", tmp_path / "top"
     proc.mkdir()

@@ -124,7 +124,7 @@ def test_inside_a_chroot_they_are_there_and_closed(tmp_path):
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps(start.enter | {"argv": argv}))
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(rootact.SCRIPT), "enter", str(spec)],
+        [sys.executable, "-I", "-S", str(rootact.ISOLATE), "enter", str(spec)],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.stdout == "closed\n", done.stderr
@@ -202,7 +202,7 @@ def gb10(monkeypatch):
         "nvmlDeviceGetName": lambda _: "NVIDIA GB10", "nvmlDeviceGetUUID": lambda _: "GPU-0",
         "nvmlSystemGetDriverVersion": lambda: "580.95.05", "nvmlDeviceGetTemperature": lambda *_: 41,
         "nvmlDeviceGetPowerUsage": lambda _: 4500, "nvmlDeviceGetTotalEnergyConsumption": lambda _: 2500,
-        "nvmlDeviceGetClockInfo": lambda *_: 2418, "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=3),
+        "nvmlDeviceGetClockInfo": lambda *_: 2418, "nvmlDeviceGetMaxClockInfo": lambda *_: 3003, "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=3),
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda _: 0x21 | 1 << 40,
         "nvmlDeviceGetComputeRunningProcesses": lambda _: [process],
     }  # fmt: skip

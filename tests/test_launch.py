@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import experiment, experiment_data, guests_of, wait_until
+from helpers import QUIET, experiment, experiment_data, guests_of, wait_until
 
 from spark_ray import image
 from spark_ray.errors import UnavailableError
@@ -220,6 +220,73 @@ def test_memory_that_does_not_come_back_is_not_measured_and_disturbs_once(bench)
     assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "not_reached")
     assert record["result"] is None
     assert one.run(attempt=2)["outcome"]["kind"] == "ok"
+
+
+def warm(folder, environment="native", **engine):
+    data = experiment_data(arms=(environment, "native"), **engine)
+    data["arms"]["a"]["treatment"] = {**QUIET, "compile_cache": "warm"}
+    return Bench(folder, Experiment.model_validate(data))
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_a_warm_compile_cache_is_filled_by_one_execution_that_is_not_measured(tmp_path, environment):
+    one = warm(tmp_path / "run", environment)
+    try:
+        compiled = (
+            "    import os; open(os.environ['TRITON_CACHE_DIR'] + f'-{time.monotonic_ns()}', 'w').write('kernel')\n"
+        )
+        phase = '    talk.phase("after_load")\n'
+        one.change_worker("engine_fake.py", phase, compiled + phase)
+        first, second = one.run(), one.run(attempt=2)
+    finally:
+        one.close()
+    assert [each["outcome"]["kind"] for each in (first, second)] == ["ok", "ok"], first["outcome"]
+    assert first["host"]["warming"]["exit_code"] == 0
+    assert first["host"]["warming"]["failure"] is None
+    assert second["host"]["warming"] is None
+    assert first["host"]["treatment"]["compile_cache_files"] == 1, "the kernel of the execution before"
+    assert second["host"]["treatment"]["compile_cache_files"] == 2
+    assert all(each["host"]["at_sizing"]["compile_cache_warm"] for each in (first, second))
+    attempts = one.store.attempt_folder(first["trial_id"], 1)
+    assert (attempts / "warming" / "result.json").exists()
+    assert not (attempts / "warming" / RECORD).exists(), "it is no attempt"
+
+
+def test_an_execution_to_warm_up_that_fails_is_noted_and_not_repeated(tmp_path):
+    one = warm(tmp_path / "run", behaviour="raise")
+    first, second = one.run(), one.run(attempt=2)
+    one.close()
+    assert "told to fail" in first["host"]["warming"]["failure"]
+    assert first["outcome"]["reason"] == "RuntimeError"
+    assert second["host"]["warming"] is None
+
+
+def test_the_host_settles_what_must_hold_when_the_engine_reads(bench, monkeypatch):
+    """The worker asks before it observes: the host answers when it has acted, and reads the state back after that."""
+    one = bench()
+    order = []
+    treater = one.runner._treater
+    for name in ("settle", "at_sizing"):
+        act = getattr(treater, name)
+        monkeypatch.setattr(
+            treater, name, lambda *a, name=name, act=act, **k: (order.append(name), act(*a, **k))[1]
+        )
+    record = one.run()
+    assert record["outcome"]["kind"] == "ok"
+    assert order[0] == "settle"
+    assert "at_sizing" in order
+    assert record["host"]["at_sizing"]["mapped_file_bytes"] > 0
+
+
+def test_a_record_has_a_ledger_at_each_phase_and_what_the_orchestrator_held(bench):
+    host = bench().run()["host"]
+    assert [each["phase"] for each in host["ledger"]] == [each["phase"] for each in host["observations"]]
+    assert all(host["orchestrator"][side]["spark_ray"]["processes"] >= 2 for side in ("before", "after")), (
+        "this process and the watchdog"
+    )
+    assert host["back"]["reached"] is True
+    assert host["watchdog"]["looks"] > 0
+    assert host["watchdog"]["fired"] is None
 
 
 def test_a_worker_the_host_never_saw_is_not_believed(bench, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import experiment, experiment_data, run, write_yaml
+from helpers import experiment, experiment_data, run, run_without_report, write_yaml
 
 from spark_ray import __version__
 from spark_ray.search import Search
@@ -18,7 +18,7 @@ def edited(path, **changes):
 @pytest.mark.process
 def test_a_run_goes_on_with_a_newer_version_by_its_own_worker_and_says_so(tmp_path):
     path, folder = write_yaml(tmp_path, experiment_data(blocks=2)), tmp_path / "run"
-    assert run(path, "--local", "--out", folder, "--max-blocks", 1).returncode == 0
+    assert run_without_report(path, "--out", folder, "--max-blocks", 1).returncode == 0
     with (folder / "bundle" / protocol.PACKAGE / "engine_fake.py").open("a") as stream:
         stream.write("# as an older version had it\n")
     older = protocol.package_sha256(folder / "bundle" / protocol.PACKAGE)
@@ -44,7 +44,7 @@ def test_a_run_goes_on_with_a_newer_version_by_its_own_worker_and_says_so(tmp_pa
 @pytest.mark.process
 def test_a_run_of_another_protocol_or_with_a_changed_bundle_is_refused_with_the_reason(tmp_path):
     path, folder = write_yaml(tmp_path, experiment_data(blocks=2)), tmp_path / "run"
-    assert run(path, "--local", "--out", folder, "--max-blocks", 1).returncode == 0
+    assert run_without_report(path, "--out", folder, "--max-blocks", 1).returncode == 0
     plan = (folder / "plan.json").read_text()
     edited(folder / "plan.json", protocol_version=999, spark_ray_version="9.9.9")
     done = run(path, "--local", "--out", folder, "--resume")
@@ -59,11 +59,11 @@ def test_a_run_of_another_protocol_or_with_a_changed_bundle_is_refused_with_the_
 @pytest.mark.process
 def test_a_study_whose_journal_is_gone_is_made_again_from_the_blocks(tmp_path):
     path = write_yaml(tmp_path, experiment_data(blocks=4))
-    assert run(path, "--local", "--out", tmp_path / "whole").returncode == 0
+    assert run_without_report(path, "--out", tmp_path / "whole").returncode == 0
     folder = tmp_path / "run"
-    assert run(path, "--local", "--out", folder, "--max-blocks", 2).returncode == 0
+    assert run_without_report(path, "--out", folder, "--max-blocks", 2).returncode == 0
     (folder / "study.journal").unlink()
-    done = run(path, "--local", "--out", folder, "--resume")
+    done = run_without_report(path, "--out", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert "study.journal was lost: made again from 2 blocks on disk" in done.stdout
     assert Store.read(folder).blocks() == Store.read(tmp_path / "whole").blocks()
@@ -74,7 +74,7 @@ def test_a_study_whose_journal_is_gone_is_made_again_from_the_blocks(tmp_path):
 def test_a_block_that_was_given_up_is_tried_again_on_resume(tmp_path):
     """As after a night in which something kept disturbing it: every arm of the block has been void, and it was left."""
     path, folder = write_yaml(tmp_path, experiment_data(blocks=1)), tmp_path / "run"
-    assert run(path, "--local", "--out", folder).returncode == 0
+    assert run_without_report(path, "--out", folder).returncode == 0
     (block,) = Store.read(folder).blocks()
     for record in folder.glob("trials/*/1/record.json"):
         edited(record, outcome={"kind": "disturbed", "reason": "not_reached", "message": "memory was taken"})

@@ -47,6 +47,9 @@ def result(failure=None, **measurements):
             "evidence",
         ),
         (Facts(result(), exit_code=0, not_reached="memory"), "disturbed", "not_reached"),
+        (Facts(result(), exit_code=0, not_quiet="swap"), "disturbed", "not_quiet"),
+        (Facts(None, stopped_by="deadline", not_quiet="swap"), "disturbed", "not_quiet"),
+        (Facts(result(), exit_code=0, not_quiet="swap", contradictions=("x",)), "wrong_environment", "evidence"),
         (Facts(result(), exit_code=139), "crashed", "SIGSEGV"),
     ],
 )
@@ -78,6 +81,7 @@ def test_no_capacity_is_ever_ok_by_accident(measurements):
         oom_kills=st.integers(0, 2),
         stopped_by=st.sampled_from([None, "deadline", "watchdog", "interrupt"]),
         not_reached=st.sampled_from([None, "x"]),
+        not_quiet=st.sampled_from([None, "x"]),
         contradictions=st.sampled_from([(), ("x",)]),
         start_error=st.sampled_from([None, "x"]),
     )
@@ -89,6 +93,7 @@ def test_derive_is_total_and_ok_needs_a_clean_end(facts):
         assert facts.exit_code == 0
         assert not (facts.stopped_by)
         assert not (facts.not_reached)
+        assert not (facts.not_quiet)
         assert not (facts.contradictions)
         assert not (facts.start_error)
     assert not ANSWERS & VOID

@@ -3,18 +3,22 @@
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import wait_until
 
 from spark_ray import privileged, rootact, rootfs
 from spark_ray.errors import UnavailableError
 from spark_ray.rootact import RootActs
+from spark_ray.worker import observe
 
-COMMAND = [sys.executable, "-I", "-S", str(rootact.SCRIPT)]
+PREFIX = [sys.executable, "-I", "-S"]
+SCRIPTS = [rootact.SCRIPT, rootact.ISOLATE]
 HIGH_FRACTION = Path(privileged.HIGH_FRACTION)
 
 
@@ -29,7 +33,7 @@ def tree(tmp_path_factory):
 
 def act(*args, **options):
     return subprocess.run(
-        [*COMMAND, *args], capture_output=True, text=True, timeout=60, check=False, **options
+        rootact.act(PREFIX, *args), capture_output=True, text=True, timeout=60, check=False, **options
     )
 
 
@@ -40,23 +44,40 @@ def spec_file(folder, tree, *argv, **more):
 
 
 def mounts_of_host():
-    return Path("/proc/self/mountinfo").read_text()
+    """Without those of containers, which come and go."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line for line in lines if "/docker/" not in line and "/containers/" not in line]
 
 
 # ---- the script -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [[], ["reboot"], ["drop-caches", "now"], ["enter"], ["enter", "a", "b"]])
-def test_any_other_word_is_refused_in_one_line(words):
-    done = act(*words)
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (rootact.SCRIPT, []),
+        (rootact.SCRIPT, ["reboot"]),
+        (rootact.SCRIPT, ["drop-caches", "now"]),
+        (rootact.SCRIPT, ["make-group"]),
+        (rootact.SCRIPT, ["make-group", "x", "-1"]),
+        (rootact.SCRIPT, ["enter", "a"]),
+        (rootact.ISOLATE, []),
+        (rootact.ISOLATE, ["enter"]),
+        (rootact.ISOLATE, ["enter", "a", "b"]),
+        (rootact.ISOLATE, ["probe"]),
+    ],
+)
+def test_any_other_word_is_refused_in_one_line(script, words):
+    done = subprocess.run([*PREFIX, script, *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "drop-caches, drain-per-cpu, enter SPEC.json" in done.stderr
+    assert ("drop-caches, drain-per-cpu" if script == rootact.SCRIPT else "enter SPEC.json") in done.stderr
 
 
-def test_it_imports_the_standard_library_only_and_parses_as_python_3_10():
-    parsed = ast.parse(rootact.SCRIPT.read_text(), feature_version=(3, 10))
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_it_imports_the_standard_library_only_and_parses_as_python_3_10(script):
+    parsed = ast.parse(script.read_text(), feature_version=(3, 10))
     names = set()
     for node in ast.walk(parsed):
         if isinstance(node, ast.Import):
@@ -78,7 +99,8 @@ def test_dropping_caches_works():
 def test_draining_empties_the_lists_and_restores_the_setting():
     before = HIGH_FRACTION.read_text()
     both = [
-        subprocess.Popen([*COMMAND, "drain-per-cpu"], stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(rootact.act(PREFIX, "drain-per-cpu"), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     said = [json.loads(process.communicate(timeout=60)[0]) for process in both]  # at once: they take turns
     assert HIGH_FRACTION.read_text() == before
@@ -95,7 +117,7 @@ def test_the_guest_keeps_process_id_streams_and_exact_environment(tree, tmp_path
         tmp_path, tree, "/bin/sh", "-c", "echo $$; cat; echo err >&2; cat /proc/self/environ; exit 7"
     )
     process = subprocess.Popen(
-        [*COMMAND, "enter", spec],
+        rootact.act(PREFIX, "enter", spec),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -114,7 +136,7 @@ def test_no_mount_outlives_a_killed_guest(tree, tmp_path):
     before = mounts_of_host()
     spec = spec_file(tmp_path, tree, "/bin/sh", "-c", "echo ready; cat", tmp=True)
     process = subprocess.Popen(
-        [*COMMAND, "enter", spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        rootact.act(PREFIX, "enter", spec), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with process:
         assert process.stdout.readline() == "ready\n"
@@ -188,6 +210,10 @@ def bind(source, target):
         ({"unknown": 1}, "may hold"),
         ({"argv": ["no-such-program"]}, "cannot execute no-such-program in the new root"),
         ({"cwd": "/nowhere"}, "/nowhere"),
+        ({"namespaces": ["user"]}, "user is not one of the namespaces cgroup, ipc, net, pid, uts"),
+        ({"namespaces": ["pid"], "argv": ["no-such-program"]}, "cannot execute no-such-program"),
+        ({"group": "no-such-group"}, "no-such-group"),
+        ({"root": None, "tmp": True}, "need a root of their own"),
     ],
 )
 def test_a_spec_that_cannot_work_is_refused(tree, tmp_path, more, said):
@@ -197,6 +223,124 @@ def test_a_spec_that_cannot_work_is_refused(tree, tmp_path, more, said):
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert mounts_of_host() == before
+
+
+# ---- namespaces and layers --------------------------------------------------------------------------------
+
+
+def on_host(folder, script, **more):
+    """A spec on the host's own root, which has every program."""
+    path = folder / "spec.json"
+    spec = {
+        "root": None,
+        "argv": ["/bin/sh", "-c", script],
+        "env": {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
+    } | more
+    path.write_text(json.dumps(spec))
+    return str(path)
+
+
+def started(spec):
+    return subprocess.Popen(rootact.act(PREFIX, "enter", spec), stdout=subprocess.PIPE, text=True)
+
+
+@needs_root
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$; exit 3", 3)])
+def test_the_first_process_of_a_pid_namespace_ends_with_its_status(tree, tmp_path, script, code):
+    """Its own signals do not end it, as in a container: the kernel protects the first process."""
+    more = {"namespaces": ["pid"], "uid": 12345, "gid": 12345}
+    assert act("enter", spec_file(tmp_path, tree, "/bin/sh", "-c", script, **more)).returncode == code
+
+
+@needs_root
+def test_a_signal_that_ends_it_is_its_status(tmp_path):
+    with started(on_host(tmp_path, "echo $$; exec sleep 100", namespaces=["pid"])) as process:
+        assert process.stdout.readline() == "1\n"
+        (first,) = observe.descendants(process.pid)[1:]
+        os.kill(first, signal.SIGKILL)
+        assert process.wait(timeout=10) == 128 + signal.SIGKILL
+
+
+@needs_root
+def test_signals_are_handed_on(tmp_path):
+    script = "trap 'exit 42' TERM; echo ready; while true; do sleep 0.05; done"
+    with started(on_host(tmp_path, script, namespaces=["pid"])) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(timeout=10) == 42
+
+
+@needs_root
+@pytest.mark.parametrize("stopped", [False, True])
+def test_everything_in_a_pid_namespace_dies_with_what_waits_for_it(tmp_path, stopped):
+    script = "setsid sleep 100 & echo ready; exec sleep 100"
+    with started(on_host(tmp_path, script, namespaces=["pid"], uid=12345, gid=12345)) as process:
+        assert process.stdout.readline() == "ready\n"
+        inside = observe.descendants(process.pid)[1:]
+        assert len(inside) == 2
+        for pid in inside if stopped else ():
+            os.kill(pid, signal.SIGSTOP)
+        process.kill()
+        process.wait(timeout=10)
+        assert process.stdout.read() == "", "the channel is closed: the waiting process does not hold it"
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside))
+
+
+@needs_root
+def test_what_shows_a_namespace_is_its_own(tmp_path):
+    script = (
+        "echo $$; ls /dev/shm | wc -l; ls -d /proc/[0-9]* | wc -l; tail -n +3 /proc/net/dev | wc -l; "
+        "hostname elsewhere; hostname; cat /proc/self/cgroup"
+    )
+    name = os.uname().nodename
+    done = act("enter", on_host(tmp_path, script, namespaces=["pid", "ipc", "uts", "net", "cgroup"]))
+    first, shared, processes, interfaces, nodename, *groups = done.stdout.splitlines()
+    assert (first, shared, interfaces, nodename) == ("1", "0", "1", "elsewhere")
+    assert int(processes) <= 4, "the shell and its pipe"
+    assert groups
+    assert all(line.endswith(":/") for line in groups)
+    assert os.uname().nodename == name
+
+
+@needs_root
+def test_an_overlay_is_writable_and_the_tree_below_is_not_touched(tree, tmp_path):
+    script = "echo new > /etc/passwd && cat /etc/passwd && echo > /x && cd / && echo *"
+    before = sorted(path.name for path in tree.iterdir()), (tree / "etc/passwd").read_text()
+    done = act("enter", spec_file(tmp_path, tree, "/bin/sh", "-c", script, overlay=True))
+    assert done.stdout.splitlines()[0] == "new"
+    assert sorted(done.stdout.split()[1:]) == sorted([*(each for each in before[0] if each[0] != "."), "x"])
+    assert (sorted(path.name for path in tree.iterdir()), (tree / "etc/passwd").read_text()) == before
+
+
+@needs_root
+def test_the_hosts_own_root_needs_no_tree(tmp_path):
+    path = tmp_path / "spec.json"
+    argv = [sys.executable, "-c", "import os; print(os.getcwd(), os.stat('/').st_ino, os.getpid())"]
+    path.write_text(json.dumps({"root": None, "argv": argv, "env": {}, "namespaces": ["pid"]}))
+    assert act("enter", str(path)).stdout.split() == ["/", str(Path("/").stat().st_ino), "1"]
+
+
+@needs_root
+def test_a_way_that_does_not_work_is_said_with_its_reason(tmp_path):
+    """The script as it is, in a bounding set without CAP_SYS_ADMIN."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv")
+    command = [
+        "setpriv",
+        "--bounding-set=-sys_admin",
+        "--inh-caps=-sys_admin",
+        *rootact.act(PREFIX, "probe", str(tmp_path)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    failed = json.loads(done.stdout)
+    assert set(failed) == {"mount", "overlay", "pid", "ipc", "uts", "net", "cgroup"}
+    assert all("Operation not permitted" in reason for reason in failed.values())
+    assert "/" not in failed["pid"]
+
+
+def test_the_root_folder_itself_is_never_tried(tmp_path):  # noqa: ARG001
+    failed = json.loads(act("probe", "/").stdout)
+    assert failed["overlay"]
 
 
 def test_a_missing_or_broken_spec_is_refused(tmp_path):
@@ -212,7 +356,7 @@ def test_a_missing_or_broken_spec_is_refused(tmp_path):
 def test_root_acts_as_root():
     acts = RootActs()
     assert acts.available() == (True, "this is root")
-    assert acts.argv("drop-caches") == [*COMMAND, "drop-caches"]
+    assert acts.argv("drop-caches") == rootact.act(PREFIX, "drop-caches")
     with pytest.raises(UnavailableError, match="reboot") as caught:
         acts.run("reboot")
     assert caught.value.mend

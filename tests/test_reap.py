@@ -9,7 +9,8 @@ import sys
 import pytest
 from helpers import experiment_data, guests_of, wait_until, write_yaml
 
-from spark_ray import image, reap, rootfs
+from spark_ray import group, image, reap, rootact, rootfs
+from spark_ray.rootact import RootActs
 from spark_ray.store import Store
 
 pytestmark = pytest.mark.process
@@ -97,6 +98,54 @@ def test_a_container_whose_guest_was_stopped_when_its_driver_died(tmp_path, clie
     assert reap.leftovers(folder, client) == []
 
 
+@pytest.mark.root
+def test_a_group_of_a_dead_run_goes_with_what_is_in_it_and_a_driven_one_stays(tmp_path, monkeypatch):
+    """Also when its guest is stopped, in a pid namespace of its own or not."""
+    acts = RootActs()
+    run, other = tmp_path / "run", tmp_path / "other"
+    names = [group.name_of(str(folder), "b0000.a/1") for folder in (run, other)]
+    acts.run("make-group", names[0])
+    driven = group.Group(names[1], None, acts.prefix())
+    sleeper = subprocess.Popen(["sleep", "100"], env={})
+    try:
+        (driven.folder.parent / names[0] / "cgroup.procs").write_text(str(sleeper.pid))
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        assert wait_until(lambda: names[0] in list(group.left()), 5), (
+            "for a second its maker may be about to lock it"
+        )
+        assert names[1] not in list(group.left())
+        assert reap.leftovers(other, None) == []
+        (one,) = reap.leftovers(run, None)
+        assert (one.kind, one.name, one.run) == ("cgroup", names[0], str(run))
+        assert reap.remove(one, None) is None
+        assert sleeper.wait(timeout=10) == -signal.SIGKILL
+        assert not (driven.folder.parent / names[0]).exists()
+        assert reap.remove(one, None) is None, "gone already is success"
+        assert driven.folder.is_dir()
+        monkeypatch.setattr(rootact.RootActs, "available", lambda self: (False, "no sudo"))  # noqa: ARG005
+        assert "needs root" in reap.remove(one, None)
+    finally:
+        driven.finish()
+        sleeper.kill()
+
+
+def test_a_container_is_told_from_a_process_in_a_pid_namespace_of_its_own(tmp_path, monkeypatch):
+    """By the id in its groups, beyond what this process itself has in its own."""
+    outer, inner = "a" * 64, "b" * 64
+    for name, space, path in (
+        ("self", 1, f"/docker/{outer}"),
+        ("same", 1, f"/docker/{inner}"),
+        ("isolated", 2, f"/docker/{outer}/spark_ray/x"),
+        ("container", 2, f"/docker/{inner}"),
+    ):
+        (tmp_path / name / "ns").mkdir(parents=True)
+        (tmp_path / name / "ns" / "pid").symlink_to(f"pid:[{space}]")
+        (tmp_path / name / "cgroup").write_text(f"4:memory:{path}\n0::/\n")
+    monkeypatch.setattr(reap, "_SELF", tmp_path / "self")
+    found = {name: reap._in_container(tmp_path / name) for name in ("same", "isolated", "container", "gone")}
+    assert found == {"same": False, "isolated": False, "container": True, "gone": True}
+
+
 # ---- what belongs to no run, and what is out of date --------------------------------------------------------
 
 
@@ -106,6 +155,11 @@ def reap_command(*arguments):
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return done.stdout
+
+
+def unfinished(cache):
+    """Without what other runs of this machine left: a cgroup does not say whose it is."""
+    return [one for one in reap.of_no_run(cache, None) if one.kind != "cgroup"]
 
 
 def test_what_died_while_it_was_made_goes_and_what_is_being_made_stays(tmp_path, monkeypatch):
@@ -120,13 +174,13 @@ def test_what_died_while_it_was_made_goes_and_what_is_being_made_stays(tmp_path,
         os.utime(folder, (0, 0))
     with rootfs.in_the_making(tmp_path / "rootfs" / "tree") as making:
         os.utime(making, (0, 0))
-        found = {one.name for one in reap.of_no_run(tmp_path, None)}
+        found = {one.name for one in unfinished(tmp_path)}
         assert found == {str(gone), str(tmp_path / "rootfs" / ".tree.dead")}
         assert "would remove unfinished" in reap_command("--dry-run")
         assert gone.is_dir()
         reap_command()
         assert (gone.exists(), living.exists(), whole.exists(), making.exists()) == (False, True, True, True)
-    assert reap.of_no_run(tmp_path, None) == []
+    assert unfinished(tmp_path) == []
 
 
 def a_tree(cache, name, source):

@@ -52,7 +52,7 @@ def enter(built, folder, *argv):
     """Run a command in the tree with its mounts; `built` is a rootfs as JSON holds it."""
     spec = {"root": built["path"], "mounts": built["mounts"], "argv": argv, "env": built["env"], "tmp": True}
     (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-I", "-S", str(rootact.SCRIPT), "enter", str(folder / "spec.json")]
+    command = [sys.executable, "-I", "-S", str(rootact.ISOLATE), "enter", str(folder / "spec.json")]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -16,7 +16,7 @@ from test_launch import ENVIRONMENTS, Bench
 from test_receive import believable
 
 from spark_ray.environment_spec import DockerEnvironment
-from spark_ray.environments import PASSED_VARIABLES
+from spark_ray.environments import PASSED_VARIABLES, compile_cache_variables
 from spark_ray.experiment import Experiment
 from spark_ray.store import RECORD, Store, read_record
 from spark_ray.worker import protocol
@@ -120,7 +120,7 @@ def test_a_container_has_no_capabilities_no_network_and_nothing_to_write_but_its
     writable = {target for target, options in found["mounts"].items() if "rw" in options}
     kernel = {target for target in writable if target.startswith(("/proc", "/sys", "/dev"))}
     files = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}  # the daemon's own copies for this container
-    assert writable - kernel - files == {"/spark_ray/attempt", "/tmp"}
+    assert writable - kernel - files == {"/spark_ray/attempt", "/spark_ray/cache", "/tmp"}
     assert found["write"] == {
         "/": "Read-only file system", "bundle": "Read-only file system", "model": "Read-only file system", "attempt": "done", "/tmp": "done",
     }  # fmt: skip
@@ -154,7 +154,7 @@ def test_no_variable_of_the_caller_reaches_a_guest_but_the_listed_ones(probed):
     record, _ = probed
     ours = "PATH HOME TMPDIR LANG PYTHONPATH PYTHONDONTWRITEBYTECODE SPARK_RAY_TRIAL SPARK_RAY_RUN"
     dockers = {"HOSTNAME"}
-    listed = {*ours.split(), *PASSED_VARIABLES, *record["content"]["variables"]} | dockers
+    listed = {*ours.split(), *PASSED_VARIABLES, *record["content"]["variables"], *compile_cache_variables("")} | dockers
     inside = record["result"]["evidence"]["environment"]
     assert set(inside) <= listed
     assert not any(os.environ[name] in json.dumps(record) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN"))
@@ -277,10 +277,10 @@ def test_a_guest_that_names_another_process_is_not_seen_in_its_place(tmp_path):
 
 @pytest.mark.process
 def test_a_guest_that_floods_its_control_channel_fills_no_memory(tmp_path, monkeypatch):
-    from spark_ray import launch
+    from spark_ray import attend
 
-    monkeypatch.setattr(launch, "_MOST_NOISE", 1000)
-    monkeypatch.setattr(launch, "_MOST_OBSERVATIONS", 20)
+    monkeypatch.setattr(attend, "_MOST_NOISE", 1000)
+    monkeypatch.setattr(attend, "_MOST_OBSERVATIONS", 20)
     flood = """
 def _flood(talk):
     for _ in range(200):

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import experiment_data, run, write_yaml
+from helpers import experiment_data, run, run_without_report, write_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ def test_a_required_docker_without_daemon_is_exit_3_and_an_optional_one_is_a_not
     assert "arm c" in done.stderr
     assert not (tmp_path / "run").exists()
     data["arms"]["c"]["required"] = False
-    done = run(write_yaml(tmp_path, data), "--local", "--out", tmp_path / "run", **nowhere)
+    done = run_without_report(write_yaml(tmp_path, data), "--out", tmp_path / "run", **nowhere)
     assert done.returncode == 0, done.stderr
     assert "left out" in done.stdout
 
@@ -177,6 +177,17 @@ def _others_may_run(python, packages):
     )
 
 
+@pytest.mark.parametrize("others", [["--json"], ["second.yaml"]])
+def test_what_only_a_report_can_say_is_not_asked_for_without_one(tmp_path, others):
+    path = write_yaml(tmp_path, experiment_data())
+    (tmp_path / "second.yaml").write_text(path.read_text())
+    words = [tmp_path / word if word.endswith("yaml") else word for word in others]
+    done = run_without_report(path, *words, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "--no-report" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     done = run(write_yaml(tmp_path, experiment_data()), "--local", "--out", tmp_path / "file" / "run")
@@ -222,11 +233,11 @@ def test_the_watchdog_is_exit_5(tmp_path):
 @pytest.mark.process
 def test_resume_refuses_another_experiment_and_shows_the_difference(tmp_path):
     path = write_yaml(tmp_path, experiment_data(blocks=1))
-    assert run(path, "--local", "--out", tmp_path / "run").returncode == 0
+    assert run_without_report(path, "--out", tmp_path / "run").returncode == 0
     done = run(path, "--local", "--out", tmp_path / "run", "--resume", "--set", "seed=5")
     assert done.returncode == 2
     assert '"seed": 5' in done.stderr
-    done = run(path, "--local", "--out", tmp_path / "run", "--resume", "--set", "search.blocks=2")
+    done = run_without_report(path, "--out", tmp_path / "run", "--resume", "--set", "search.blocks=2")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "run" / "blocks").iterdir())) == 2
     again = run(path, "--local", "--out", tmp_path / "run")
@@ -253,13 +264,14 @@ def test_the_cluster_file_plans_its_slots(tmp_path):
 @pytest.mark.process
 def test_a_budget_of_blocks_or_time_pauses_and_resume_does_the_rest(tmp_path):
     path, folder = write_yaml(tmp_path, experiment_data(blocks=3)), tmp_path / "run"
-    done = run(path, "--local", "--out", folder, "--max-blocks", 1, "--seed", 4, "-v")
+    done = run_without_report(path, "--out", folder, "--max-blocks", 1, "--seed", 4, "-v")
     assert done.returncode == 0, done.stderr
     assert "--set seed=4 --resume" in done.stdout
+    assert "--no-report" in done.stdout, "the line that continues is the same command"
     assert "b0000 a/1 begins" in done.stderr
     assert "b0000 complete" in (folder / "run.log").read_text()
     assert len(list((folder / "blocks").iterdir())) == 1
-    done = run(path, "--local", "--out", folder, "--seed", 4, "--resume", "--max-time", "0s")
+    done = run_without_report(path, "--out", folder, "--seed", 4, "--resume", "--max-time", "0s")
     assert done.returncode == 0, done.stderr
     assert len(list((folder / "blocks").iterdir())) == 1
     done = subprocess.run(
@@ -277,9 +289,11 @@ def test_a_budget_of_blocks_or_time_pauses_and_resume_does_the_rest(tmp_path):
 @pytest.mark.process
 def test_a_run_moved_elsewhere_is_reported_there(tmp_path):
     path = write_yaml(tmp_path, experiment_data(blocks=1))
-    assert run(path, "--local", "--out", tmp_path / "run").returncode == 0
+    done = run_without_report(path, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert f"spark-ray report {tmp_path / 'run'}" in done.stdout
+    assert not (tmp_path / "run" / "report.html").exists()
     (tmp_path / "run").rename(tmp_path / "moved")
-    (tmp_path / "moved" / "report.html").unlink()
     for arguments in (["report", "--json"], ["status", "--json"], ["status"]):
         done = subprocess.run(
             [sys.executable, "-m", "spark_ray", arguments[0], str(tmp_path / "moved"), *arguments[1:]],
@@ -336,12 +350,12 @@ def test_a_terminal_has_colours_unless_no_color_is_set(tmp_path):
 @pytest.mark.process
 def test_the_log_leads_to_the_cause(tmp_path):
     path = write_yaml(tmp_path, experiment_data(blocks=1, behaviour="raise", only_in_arm="b"))
-    done = run(path, "--local", "--out", tmp_path / "run", "-v")
+    done = run_without_report(path, "--out", tmp_path / "run", "-v")
     log = (tmp_path / "run" / "run.log").read_text()
     for line in (
         r"b0000 b/1 begins on local-0, in .*/run/trials/b0000\.b/1",
         r"b0000 b/1 memory +[\d.]+ GiB available after 0\.0 s",
-        r'b0000 b/1 treatment +page_cache: "keep", per_cpu_pages: "as_is"; then .* free, .* cached',
+        r'b0000 b/1 treatment +page_cache: "keep", per_cpu_pages: "as_is", .*; then .* free, .* cached',
         r"b0000 b/1 command +\S*python\S* -m spark_ray_worker \S+",
         r"b0000 a/1 phases +after_load [\d.]+ s, sizing [\d.]+ s, end [\d.]+ s, after_exit [\d.]+ s",
         r"b0000 b/1 end +exit \d+ after [\d.]+ s",

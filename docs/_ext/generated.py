@@ -13,8 +13,8 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 from analysis import reading
+from analysis.attribution import TERMS
 from analysis.columns import SAMPLES, columns
-from analysis.contrasts import TERMS
 from spark_ray import errors
 from spark_ray.cluster import CLUSTER_KEYS
 from spark_ray.experiment import Experiment

@@ -7,15 +7,23 @@ Every environment module answers three questions, each by a pure function:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..environment_spec import ChrootEnvironment, DockerEnvironment, NativeEnvironment
+from ..environment_spec import (
+    ChrootEnvironment,
+    DockerEnvironment,
+    IsolatedEnvironment,
+    NativeEnvironment,
+    PodmanEnvironment,
+)
 
 ATTEMPT_INSIDE = "/spark_ray/attempt"
 BUNDLE_INSIDE = "/spark_ray/bundle"
 MODEL_INSIDE = "/spark_ray/model"
+CACHE_INSIDE = "/spark_ray/cache"
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -28,7 +36,9 @@ RUN_VARIABLE = "SPARK_RAY_RUN"
 PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 """The only variables of the host that reach a worker which uses the host's own libraries."""
 
-EnvironmentSpec = NativeEnvironment | ChrootEnvironment | DockerEnvironment
+EnvironmentSpec = (
+    NativeEnvironment | ChrootEnvironment | IsolatedEnvironment | DockerEnvironment | PodmanEnvironment
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,10 @@ class Offer:
     root_acts: str | None  # None: available; else why not
     docker: str | None  # None: the daemon answers; else why not
     docker_mend: str = "start the Docker service"
+    podman: str | None = None  # likewise
+    podman_mend: str = ""
     memory_total_bytes: int = 0
+    isolation: Mapping[str, str] = field(default_factory=dict)  # what `RootActs.isolation` found not to work, and why
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,17 @@ class Site:
     run_label: str  # the run folder
     uid: int
     gid: int
-    root_argv: tuple[str, ...] = ()  # how a root act is called: helper script, with sudo in front if needed
+    root_argv: tuple[str, ...] = ()  # what stands in front of a root act: interpreter, with sudo before it if needed
+    compile_cache: Path | None = None  # of the arm, see `compile_cache`; null: the worker keeps compiled kernels in its HOME
+
+
+@dataclass(frozen=True)
+class OwnGroup:
+    """A memory cgroup to be made for one attempt, and removed after it."""
+
+    name: str
+    limit_bytes: int | None
+    root_argv: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,19 +124,41 @@ class Start:
     model: str | None  # likewise
     container: dict[str, Any] | None = None
     enter: dict[str, Any] | None = None  # specification for the `enter` root act, written beside the request
+    group: OwnGroup | None = None
 
 
-def worker_variables(bundle: str, site: Site) -> dict[str, str]:
-    """The worker's whole environment: nothing of the caller's leaks in but what is named here."""
+def worker_variables(bundle: str, site: Site, cache: str = CACHE_INSIDE) -> dict[str, str]:
+    """The worker's whole environment: nothing of the caller's leaks in but what is named here.
+
+    `bundle` and `cache`: the folders as the worker sees them.
+    """
     return {
         "PATH": DEFAULT_PATH,
         "HOME": "/tmp",  # noqa: S108  the worker's own; in a container and a chroot it is private
         "LANG": "C.UTF-8",
         **site.content.variables,
+        **(compile_cache_variables(cache) if site.compile_cache else {}),
         "PYTHONPATH": bundle,
         "PYTHONDONTWRITEBYTECODE": "1",
         "SPARK_RAY_TRIAL": site.label,
         RUN_VARIABLE: site.run_label,
+    }
+
+
+def compile_cache_variables(folder: str) -> dict[str, str]:
+    """Where every library that compiles kernels at run time keeps them: one folder, in every environment alike.
+
+    Each library's own variable as well: an image may set it, and then XDG_CACHE_HOME says nothing. What an autotuner
+    measured is no compiled kernel: it is written nowhere (TLLM_AUTOTUNER_CACHE_PATH stays unset).
+    """
+    return {
+        "XDG_CACHE_HOME": folder,
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TORCH_EXTENSIONS_DIR": f"{folder}/torch_extensions",
+        "CUDA_CACHE_PATH": f"{folder}/cuda",
+        "FLASHINFER_WORKSPACE_BASE": f"{folder}/flashinfer",
+        "TRTLLM_DG_CACHE_DIR": f"{folder}/deep_gemm",
     }
 
 
@@ -123,15 +168,19 @@ def worker_argv(content: Content, folder: str) -> tuple[str, ...]:
 
 def module_of(spec: EnvironmentSpec) -> Any:
     """The module that answers for a kind of environment."""
-    from . import chroot, docker, native
+    from . import chroot, docker, isolated, native, podman
 
     match spec:
         case NativeEnvironment():
             return native
         case ChrootEnvironment():
             return chroot
+        case IsolatedEnvironment():
+            return isolated
         case DockerEnvironment():
             return docker
+        case PodmanEnvironment():
+            return podman
 
 
 def common_contradictions(
@@ -143,6 +192,7 @@ def common_contradictions(
         found.append("the worker's files differ from the run's bundle")
     if "root" in outside and inside.get("root") != outside["root"]:
         found.append(f"the worker saw root {inside.get('root')}, the host sees {outside['root']} for it")
-    if inside.get("docker_sockets") and not isinstance(spec, NativeEnvironment):
+    on_host_root = isinstance(spec, NativeEnvironment) or getattr(spec, "root", None) == "host"
+    if inside.get("docker_sockets") and not on_host_root:
         found.append(f"the worker can reach a Docker daemon: {', '.join(inside['docker_sockets'])}")
     return found

@@ -8,6 +8,7 @@ from ..environment_spec import DockerEnvironment
 from . import (
     ATTEMPT_INSIDE,
     BUNDLE_INSIDE,
+    CACHE_INSIDE,
     MODEL_INSIDE,
     Gpu,
     Offer,
@@ -72,6 +73,7 @@ def _binds(site: Site) -> list[str]:
         (str(site.attempt), ATTEMPT_INSIDE, False),
         (str(site.bundle), BUNDLE_INSIDE, True),
         *([(str(site.model), MODEL_INSIDE, True)] if site.model else []),
+        *([(str(site.compile_cache), CACHE_INSIDE, False)] if site.compile_cache else []),
         *site.content.mounts,
     ]
     return [f"{source}:{target}:{'ro' if read_only else 'rw'}" for source, target, read_only in mounts]

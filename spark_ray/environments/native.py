@@ -19,7 +19,8 @@ def start(spec: NativeEnvironment, site: Site) -> Start:  # noqa: ARG001
     home = str(site.attempt / FRESH_HOME)
     return Start(
         argv=worker_argv(site.content, folder),
-        variables=worker_variables(str(site.bundle), site) | {"HOME": home, "TMPDIR": home},
+        variables=worker_variables(str(site.bundle), site, str(site.compile_cache))
+        | {"HOME": home, "TMPDIR": home},
         folder=folder,
         model=str(site.model) if site.model else None,
     )

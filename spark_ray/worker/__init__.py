@@ -12,6 +12,7 @@ ATTEMPT_FOLDER/result.json    write   last, by rename; the host's result.py desc
 Standard output carries control lines only, each `@spark_ray WORD ...`; standard input carries the answers:
 
     guest: @spark_ray ready PID        host: looks at the process from outside, answers `go`
+    guest: @spark_ray settle           host: applies again what must hold as the engine reads memory, answers `go`
     guest: @spark_ray phase NAME       host: reads its counters at the same moment, answers `go`
 
 The first process is a supervisor that does nothing but wait: when standard input closes, the host is gone and it

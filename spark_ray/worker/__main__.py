@@ -11,7 +11,7 @@ from typing import Any
 
 from . import evidence, protocol, session, supervise
 
-ENGINES = {"embedded": "engine_embedded", "fake": "engine_fake"}
+ENGINES = {"embedded": "engine_embedded", "probe": "engine_probe", "fake": "engine_fake"}
 
 
 def _trace() -> str | None:

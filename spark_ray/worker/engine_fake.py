@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -12,12 +13,30 @@ from typing import Any
 
 from .session import Infeasible, Session
 
+_STEP_BYTES = 64 << 20
+_BURST_S = 0.05
+
 
 def _allocate(size_bytes: int) -> mmap.mmap:
     block = mmap.mmap(-1, size_bytes)
     for offset in range(0, size_bytes, mmap.PAGESIZE):
         block[offset] = 1
     return block
+
+
+def _eat(most_bytes: int, pause_s: float) -> None:
+    """Take memory step by step, with pauses, and keep it until somebody ends this process."""
+    eaten = []
+    for _ in range(most_bytes // _STEP_BYTES):
+        eaten.append(_allocate(_STEP_BYTES))
+        time.sleep(pause_s)
+    time.sleep(10_000)
+
+
+def _burst(size_bytes: int) -> None:
+    """Hold memory for a moment, between two phases."""
+    with contextlib.closing(_allocate(size_bytes)):
+        time.sleep(_BURST_S)
 
 
 def _misbehave(behaviour: str) -> None:
@@ -43,9 +62,14 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     behaviour = settings["behaviour"]
     if settings.get("only_in_arm") in {None, talk.request["arm"]}:
         _misbehave(behaviour)
-    held = _allocate(settings["allocate"]) if settings.get("allocate") else None
+        if behaviour == "eat":
+            _eat(settings["allocate"] or 0, settings["hold"])
+    allocates = settings.get("allocate") and behaviour != "burst"
+    held = _allocate(settings["allocate"]) if allocates else None
     seen = talk.phase("sizing")
     time.sleep(settings.get("hold", 0.0))
+    if behaviour == "burst":
+        _burst(settings["allocate"] or 0)
     tokens_per_block, bytes_per_token = 64, 8192
     blocks = int(settings["kv_cache"] * talk.configuration["memory_fraction"]) // (
         tokens_per_block * bytes_per_token

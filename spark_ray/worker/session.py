@@ -10,6 +10,8 @@ from typing import Any
 
 from . import observe, protocol
 
+_WITH_MODEL_FILES = frozenset({"after_load", "sizing", "end"})
+
 
 class Infeasible(Exception):
     """The engine cannot run this configuration here, and says so itself. An answer, not a failure."""
@@ -61,8 +63,16 @@ class Session:
             answer += piece
 
     def phase(self, name: str, **extra: Any) -> dict[str, Any]:
-        """Observe at a phase from inside, keep it on disk whatever happens next, and let the host observe as well."""
+        """Observe at a phase from inside, keep it on disk whatever happens next, and let the host observe as well.
+
+        Before `sizing` the host is asked to settle: the state of an arm must hold when the engine reads free memory,
+        and what the worker freed since the start waits in per-CPU lists again.
+        """
+        if name == "sizing":
+            self.exchange("settle")
         seen = observe.observe(name) | extra
+        if name in _WITH_MODEL_FILES and self.request["model_path"]:
+            seen["model_files"] = observe.resident(observe.files_under(Path(self.request["model_path"])))
         for source in self.sources:
             seen.update(source())
         os.write(self._observations, (json.dumps(seen, allow_nan=False) + "\n").encode())

@@ -32,6 +32,10 @@ def _charged_bytes(group: dict[str, Any]) -> int:
 def read_view(view: str) -> dict[str, Any]:
     """total_bytes and free_bytes of a view now, with the readings they come from, from one read of meminfo."""
     info = observe.meminfo()
+    try:  # at once: what is free and what waits in the lists trade places
+        waiting = {"per_cpu_free_bytes": observe.per_cpu_free_bytes()}
+    except OSError:
+        waiting = {}
     values: dict[str, Any] = {"view": view, "total_bytes": info["MemTotal"], "free_bytes": info["MemFree"]}
     if view == "memavailable":
         values["free_bytes"] = info["MemAvailable"]
@@ -45,8 +49,7 @@ def read_view(view: str) -> dict[str, Any]:
         values["cgroup_limit_bytes"] = group.get("limit_bytes")
     elif view != "memfree":
         raise ValueError(f"no memory view {view!r}")
-    values["meminfo"] = info
-    return values
+    return values | {"meminfo": info} | waiting
 
 
 def size_pool(reading: dict[str, Any], transient_bytes: int, fraction: float) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""A run, read and analysed: everything that the report and the summary say comes from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from spark_ray.store import Store
+
+from . import audit, contrasts, fingerprint, frames, ladder, noise, predictions, verdict
+from .findings import Evidence, Finding
+from .reading import at, text
+
+
+@dataclass(frozen=True)
+class Analysis:
+    plan: Mapping[str, Any]
+    trials: pd.DataFrame
+    phases: pd.DataFrame
+    samples: Mapping[str, pd.DataFrame]
+    pairs: pd.DataFrame
+    comparisons: tuple[verdict.Comparison, ...]
+    properties: tuple[fingerprint.Row, ...]
+    rivals: tuple[fingerprint.Row, ...]  # unexpected differences between the compared arms
+    findings: tuple[Finding, ...]
+    ladder: ladder.Ladder | None
+    predictions: tuple[predictions.Judged, ...]
+    twins: tuple[noise.Twin, ...]
+    arms: tuple[str, ...]
+    baseline: str
+    against: str
+
+    @property
+    def main(self) -> verdict.Comparison:
+        return next(each for each in self.comparisons if each.arm == self.against)
+
+    @property
+    def valid(self) -> pd.DataFrame:
+        """The attempts that count."""
+        return self.trials[self.trials["standing"] == "counts"]
+
+    @property
+    def noise_floor(self) -> float | None:
+        """Outer end of the interval of an arm that equals the baseline in everything; None where the run has none."""
+        return noise.floor(list(self.twins))
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether the compared arms are the same (A/A)."""
+        return any(twin.arm == self.against for twin in self.twins)
+
+
+def _arms(plan: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
+    """Arms that were executed, baseline, against; a compared arm that was left out keeps its name."""
+    executed = [arm for each in at(plan, "arms") or () if (arm := text(each))]
+    declared = list(at(plan, "experiment", "arms") or {}) or executed
+    named = at(plan, "experiment", "contrast")
+    pair = [*declared, "?", "?"][:2]
+    baseline, against = text(at(named, "baseline")) or pair[0], text(at(named, "against")) or pair[1]
+    return tuple(executed), baseline, against
+
+
+def analyse(store: Store) -> Analysis:
+    """Read all records and derive everything the report says; writes nothing but the parquet tables."""
+    plan, records = store.plan, list(store.records())
+    arms, baseline, against = _arms(plan)
+    trials, phases = frames.trials(records, frames.block_indices(store)), frames.phases(records)
+    samples = frames.write_tables(store, trials, phases)
+    pairs = contrasts.pairs(trials, arms, baseline)
+    others = [arm for arm in arms if arm != baseline]
+    comparisons = tuple(verdict.comparison(pairs, arm, baseline) for arm in dict.fromkeys([against, *others]))
+    properties = fingerprint.compare(records, arms)
+    rivals = fingerprint.rivals(properties, arms, baseline, against)
+    twins = tuple(noise.twins(trials, pairs, baseline))
+    seen = Evidence(plan, trials, pairs, samples, arms, baseline, against, len(rivals), bool(twins))
+    climbed = ladder.climb(plan, trials, arms)
+    if climbed is not None:
+        climbed.pairs.to_parquet(store.folder / "ladder.parquet", index=False)
+    return Analysis(
+        plan, trials, phases, samples, pairs, comparisons, tuple(properties), tuple(rivals), tuple(audit.findings(seen)),
+        climbed, predictions.judge_all(plan, trials, baseline), twins, arms, baseline, against,
+    )  # fmt: skip
+
+
+def verdict_of(found: Analysis) -> str:
+    """The verdict, with what must be known first in front."""
+    first = ""
+    if found.trials["fake"].fillna(False).any() or at(found.plan, "experiment", "engine", "kind") == "fake":
+        first = "NOT A MEASUREMENT: the engine is fake and its numbers mean nothing. "
+    elif found.trials["simulated"].fillna(False).any():
+        first = "SIMULATED: no engine ran, capacities come from a formula. "
+    elif (
+        found.trials["probe"].fillna(False).any() or at(found.plan, "experiment", "engine", "kind") == "probe"
+    ):
+        first = "PROBE: the sizing law over real memory, no inference engine ran. "
+    if found.trials.empty:
+        return f"{first}No attempt has ended: there is nothing to say yet."
+    missing = [arm for arm in (found.baseline, found.against) if arm not in found.arms]
+    if missing:
+        return f"{first}No contrast: {' and '.join(missing)} was left out of this run."
+    same = (
+        f"{found.baseline} and {found.against} are the same (A/A): what follows is noise. "
+        if found.is_twin
+        else ""
+    )
+    floor = None if found.is_twin else found.noise_floor
+    said = first + same + verdict.sentence(found.main, floor)
+    widest = sorted(found.twins, key=lambda twin: twin.floor or 0.0)[-1:]
+    return " ".join([said, *map(verdict.noise_sentence, widest), *_judged(found)])
+
+
+def _judged(found: Analysis) -> list[str]:
+    words = [each.word for each in found.predictions]
+    counts = ", ".join(
+        f"{words.count(word)} {word}" for word in ("held", "not held", "undecided") if word in words
+    )
+    return [f"Predictions: {counts}."] if words else []

@@ -1,0 +1,414 @@
+"""A difference divided into terms: whatever moves, and whatever was not read, they add up; each cause lands in its own term."""
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_analysis_frames import KV_BLOCK_BYTES, ONE_BLOCK, compose, record, table, two_gib_of_cache
+
+from analysis import attribution, contrasts, fingerprint, report, sizing, steps, verdict
+from spark_ray.units import GIB, MIB
+
+FRACTION = ONE_BLOCK.configuration["memory_fraction"]
+HOST = (
+    "cache_fill", "cache_model", "cache_other", "per_cpu_free", "shared_memory", "ballast", "orchestrator",
+    "other_processes", "kernel", "huge_pages", "driver", "weights", "own_other",
+)  # fmt: skip
+
+
+def state(arm="full", *, block=ONE_BLOCK, unread=(), **mib):
+    """A record of a host on which each holder has some memory more, in MiB; `unread`: readings that are missing."""
+    more = {name: mib.get(name, 0) * MIB for name in (*HOST, "memory_total", "nowhere", "activations")}
+    found, fraction = record(block, arm), block.configuration["memory_fraction"]
+    sized = found["result"]["measurements"]["sizing"]
+    info = sized["meminfo"]
+    cache = more["cache_fill"] + more["cache_model"] + more["cache_other"]
+    own = more["weights"] + more["own_other"]
+    info["Cached"] += cache + more["shared_memory"]
+    info["Shmem"] += more["shared_memory"]
+    info["AnonPages"] += own + more["ballast"] + more["orchestrator"] + more["other_processes"]
+    info["Slab"] += more["kernel"]
+    info["Hugetlb"] = more["huge_pages"]
+    info["MemTotal"] += more["memory_total"]
+    info["MemFree"] += more["memory_total"] - sum(more[name] for name in (*HOST, "nowhere"))
+    transient = 20 * MIB + more["activations"]
+    available = max(0, int((info["MemFree"] - transient) * fraction))
+    sized |= {
+        "total_bytes": info["MemTotal"],
+        "free_bytes": info["MemFree"],
+        "transient_bytes": transient,
+        "available_bytes": available,
+    }
+    sized["per_cpu_free_bytes"] = 64 * MIB + more["per_cpu_free"]
+    found["result"]["measurements"]["model"]["weight_bytes"] += more["weights"]
+    blocks = available // KV_BLOCK_BYTES
+    found["result"]["measurements"]["kv_cache"] |= {"bytes": blocks * KV_BLOCK_BYTES, "blocks": blocks}
+    seen = found["inside"][1]
+    seen["tree"]["pss_anon_bytes"] += own
+    seen["model_files"] = {"resident_bytes": 100 * MIB + more["cache_model"]}
+    found["treatment"] |= {"page_cache": {"fill_bytes": 2 * GIB}, "ballast": {"size_bytes": 2 * GIB}}
+    footprint = {
+        "ray": {"processes": 3, "pss_bytes": 900 * MIB, "pss_anon_bytes": 300 * MIB + more["orchestrator"]}
+    }
+    found["host"] |= {
+        "at_sizing": {"fill_resident_bytes": more["cache_fill"], "ballast_resident_bytes": more["ballast"]},
+        "orchestrator": {"before": footprint, "after": footprint},
+        "ledger": [{"phase": "sizing", "driver_bytes": 3 * GIB + more["driver"]}],
+    }  # fmt: skip
+    for path in unread:
+        place = found
+        for key in path[:-1]:
+            place = place[key]
+        place.pop(path[-1], None)
+    return found
+
+
+READINGS = [
+    ("result", "measurements", "sizing", "meminfo", name)
+    for name in ("AnonPages", "Cached", "Slab", "Hugetlb", "Shmem", "MemTotal")
+] + [
+    ("result", "measurements", "sizing", "per_cpu_free_bytes"),
+    ("result", "measurements", "sizing", "transient_bytes"),
+    ("result", "measurements", "sizing", "law"),
+    ("result", "measurements", "model"),
+    ("host", "at_sizing"),
+    ("host", "orchestrator"),
+    ("host", "ledger"),
+    ("inside",),
+    ("treatment",),
+]
+
+
+def terms_of(base, arm):
+    row = contrasts.pairs(table(base, arm), ("empty", "full"), "empty").iloc[0]
+    found = {name: row[attribution.column(name)] for name in attribution.TERMS}
+    return row, {name: size for name, size in found.items() if not pd.isna(size)}
+
+
+amounts = st.dictionaries(
+    st.sampled_from([*HOST, "memory_total", "nowhere", "activations"]), st.integers(0, 900), max_size=8
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    amounts,
+    amounts,
+    st.lists(st.sampled_from(READINGS), max_size=3),
+    st.lists(st.sampled_from(READINGS), max_size=3),
+)
+def test_terms_add_up_whatever_moves_and_whatever_was_not_read(before, after, unread_before, unread_after):
+    row, terms = terms_of(state("empty", unread=unread_before, **before), state(unread=unread_after, **after))
+    assert sum(terms.values()) == pytest.approx(row["delta_kv_cache_bytes"], abs=1e-3)
+
+
+@pytest.mark.parametrize("cause", [*HOST, "memory_total", "activations"])
+def test_a_cause_lands_in_its_own_term(cause):
+    row, terms = terms_of(state("empty"), state(**{cause: 800}))
+    sign = 1 if cause == "memory_total" else -1
+    assert terms[cause] == pytest.approx(sign * FRACTION * 800 * MIB)
+    assert terms[cause] / row["delta_kv_cache_bytes"] >= 0.95
+    assert abs(terms["rest"]) < 1
+
+
+def test_what_no_counter_holds_is_the_rest():
+    row, terms = terms_of(state("empty"), state(nowhere=800))
+    assert terms["rest"] == pytest.approx(-FRACTION * 800 * MIB)
+    assert terms["rest"] / row["delta_kv_cache_bytes"] >= 0.95
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(HOST),
+    st.integers(400, 900),
+    st.dictionaries(st.sampled_from(HOST), st.integers(0, 60), max_size=6),
+)
+def test_other_small_changes_take_nothing_from_a_cause(cause, size, others):
+    _, terms = terms_of(state("empty"), state(**(others | {cause: size})))
+    assert terms[cause] == pytest.approx(-FRACTION * size * MIB)
+
+
+@pytest.mark.parametrize(
+    ("cause", "unread", "taken"),
+    [
+        ("cache_fill", ("host", "at_sizing"), "cache_other"),  # asked for and not read: page cache of no name
+        ("cache_model", ("inside",), "cache_other"),
+        ("ballast", ("host", "at_sizing"), "other_processes"),
+        ("orchestrator", ("host", "orchestrator"), "other_processes"),
+        ("driver", ("host", "ledger"), "rest"),
+        ("kernel", ("result", "measurements", "sizing", "meminfo", "Slab"), "rest"),
+        ("own_other", ("inside",), "rest"),
+        ("per_cpu_free", ("result", "measurements", "sizing", "per_cpu_free_bytes"), "rest"),
+    ],
+)  # fmt: skip
+def test_a_reading_that_one_arm_lacks_is_never_zero(cause, unread, taken):
+    base, arm = state("empty"), state(unread=[unread], **{cause: 800})
+    if (
+        cause == "per_cpu_free"
+    ):  # the observation of the phase stands in for it, so it has to be missing as well
+        del arm["inside"][1]["per_cpu_free_bytes"]
+    _, terms = terms_of(base, arm)
+    assert cause not in terms
+    assert terms[taken] == pytest.approx(-FRACTION * 800 * MIB, rel=0.6)
+
+
+def test_a_ballast_or_fill_that_was_not_asked_for_is_known_to_be_none():
+    found = record(ONE_BLOCK, "empty")
+    assert sizing.of_record(found)["sizing_fill_bytes"] == 0
+    assert sizing.of_record(found)["sizing_ballast_bytes"] == 0
+    assert sizing.of_record(found | {"treatment": None})["sizing_ballast_bytes"] is None
+
+
+# ---- views ------------------------------------------------------------------------------------------------
+
+
+def with_view(found, view, free, **more):
+    sized = found["result"]["measurements"]["sizing"]
+    available = max(0, int((free - sized["transient_bytes"]) * FRACTION))
+    blocks = available // KV_BLOCK_BYTES
+    sized |= {"view": view, "free_bytes": free, "available_bytes": available} | more
+    found["result"]["measurements"]["kv_cache"] |= {"bytes": blocks * KV_BLOCK_BYTES, "blocks": blocks}
+    return found
+
+
+def test_where_available_memory_counts_page_cache_takes_nothing():
+    base, arm = state("empty"), state(cache_other=2000)
+    for each in (base, arm):
+        with_view(each, "memavailable", 20 * GIB)
+    row, terms = terms_of(base, arm)
+    assert row["delta_kv_cache_bytes"] == 0
+    assert terms["cache_other"] == pytest.approx(-terms["view"])
+    assert sum(terms.values()) == pytest.approx(0)
+
+
+def test_a_limit_that_rules_one_arm_has_the_whole_effect():
+    base, arm = (
+        with_view(state("empty"), "cgroup", state()["result"]["measurements"]["sizing"]["free_bytes"]),
+        state(ballast=900),
+    )
+    with_view(arm, "cgroup", 3 * GIB, cgroup_limit_bytes=4 * GIB, cgroup_charged_bytes=GIB)
+    row, terms = terms_of(base, arm)
+    assert terms["view"] / row["delta_kv_cache_bytes"] >= 0.95
+    assert terms["ballast"] == 0  # the host has far more than the limit: it does not matter
+
+
+def test_two_limits_are_divided_into_limit_and_charge():
+    base = with_view(state("empty"), "cgroup", 3 * GIB, cgroup_limit_bytes=4 * GIB, cgroup_charged_bytes=GIB)
+    arm = with_view(
+        state(weights=300), "cgroup", 4 * GIB, cgroup_limit_bytes=6 * GIB, cgroup_charged_bytes=2 * GIB
+    )
+    _, terms = terms_of(base, arm)
+    assert terms["view"] == FRACTION * 2 * GIB
+    assert terms["weights"] == -FRACTION * 300 * MIB
+    assert terms["own_other"] == -FRACTION * (GIB - 300 * MIB)
+    assert terms["rest"] == 0
+
+
+def on_device(own, others, driver, free=70 * GIB, total=80 * GIB):
+    found = with_view(state("full" if own else "empty"), "cuda", free, total_bytes=total)
+    del found["result"]["measurements"]["sizing"]["meminfo"]
+    held = 5 * GIB + own * MIB
+    processes = [{"pid": 7, "used_bytes": held}, {"pid": 8, "used_bytes": others * MIB}]
+    used = held + (others + driver) * MIB
+    found["host"]["outside"] = {"worker_pid": 7}
+    found["host"]["observations"].append(
+        {"phase": "sizing", "gpus": [{"device": 0, "memory_used_bytes": used, "processes": processes}]}
+    )
+    return found
+
+
+def test_a_device_of_its_own_is_divided_by_what_nvml_says():
+    base, arm = on_device(0, 100, 50), on_device(400, 300, 60, free=70 * GIB - 610 * MIB)
+    _, terms = terms_of(base, arm)
+    assert terms["own_other"] == pytest.approx(-FRACTION * 400 * MIB)
+    assert terms["other_processes"] == pytest.approx(-FRACTION * 200 * MIB)
+    assert terms["driver"] == pytest.approx(-FRACTION * 10 * MIB)
+    assert abs(terms["rest"]) < 1
+    assert terms["cache_other"] == 0
+
+
+def test_on_unified_memory_the_driver_holds_the_weights():
+    base, arm = state("empty"), state(driver=900)
+    for each in (base, arm):
+        sized = each["result"]["measurements"]["sizing"]
+        sized["view"] = "cuda"
+        each["result"]["measurements"]["model"]["weight_bytes"] += 700 * MIB if each is arm else 0
+    _, terms = terms_of(base, arm)
+    assert terms["weights"] == pytest.approx(-FRACTION * 700 * MIB)
+    assert terms["driver"] == pytest.approx(-FRACTION * 200 * MIB)
+    assert abs(terms["rest"]) < 1
+
+
+def test_another_law_explains_nothing_and_says_so():
+    base, arm = state("empty"), state(ballast=900)
+    for each in (base, arm):
+        each["result"]["measurements"]["sizing"]["law"] = "the library's own"
+    row, terms = terms_of(base, arm)
+    assert terms == {"rest": row["delta_kv_cache_bytes"]}
+    pairs = contrasts.pairs(table(base, arm), ("empty", "full"), "empty")
+    assert "No term that was read explains it" in verdict.sentence(verdict.comparison(pairs, "full", "empty"))
+
+
+# ---- over blocks ------------------------------------------------------------------------------------------
+
+
+def frame(rows):
+    """Pairs with these terms (None: not read), one row per block."""
+    columns = {
+        attribution.column(name): pd.array([row.get(name, 0.0) for row in rows], "Float64")
+        for name in attribution.TERMS
+    }
+    total = [sum(size or 0.0 for size in row.values()) for row in rows]
+    return pd.DataFrame(columns | {"delta_kv_cache_bytes": total})
+
+
+def test_means_add_up_also_where_a_term_was_read_in_some_blocks_only():
+    rows = [
+        {"ballast": -10.0, "rest": 1.0},
+        {"ballast": -12.0, "rest": 0.0},
+        {"ballast": None, "rest": -11.0},
+    ]
+    found = attribution.attribute(frame(rows))
+    assert found.unread == ("ballast",)
+    assert "ballast" not in found.terms
+    assert found.mean("rest") == pytest.approx(found.total.mean)
+    assert found.explained == pytest.approx(0.0)
+
+
+def test_the_share_explained_is_what_the_rest_leaves():
+    found = attribution.attribute(frame([{"ballast": -95.0, "rest": -5.0}, {"ballast": -97.0, "rest": -3.0}]))
+    assert found.explained == pytest.approx(0.96)
+    assert found.terms["ballast"].low < -96 < found.terms["ballast"].high
+    assert attribution.attribute(frame([{"ballast": 0.0, "rest": 0.0}])).explained is None
+
+
+def test_the_summary_has_the_terms_with_their_intervals(tmp_path):
+    summary = report.write(compose(tmp_path / "run", two_gib_of_cache, blocks=8))
+    (found,) = summary["contrasts"]
+    terms = found["attribution"]["terms"]
+    assert sum(each["mean_bytes"] for each in terms.values()) == pytest.approx(
+        found["mean_delta_kv_cache_bytes"]
+    )
+    cache = terms["cache_other"]  # the composed records have no reading of the fill: page cache of no name
+    assert cache["low_bytes"] < cache["mean_bytes"] < cache["high_bytes"]
+    assert cache["mean_bytes"] / found["mean_delta_kv_cache_bytes"] >= 0.95
+    assert found["attribution"]["explained_share"] >= 0.99
+
+
+@pytest.mark.parametrize("size", [100.0, 3e4, 5e9])
+def test_the_waterfall_meets_itself_at_any_size(size):
+    names = list(attribution.TERMS)[:9]
+    rows = [
+        {name: size * (0.5 + place + block / 10) * (-1) ** place for place, name in enumerate(names)}
+        for block in range(3)
+    ]
+    pairs = frame(rows).assign(
+        arm="full", outcome="ok", baseline_outcome="ok", contrast=0.1, baseline_kv_cache_bytes=80e9,
+        predicted_delta_bytes=None, unpredicted_bytes=pd.array([None] * 3, "Float64"),
+    )  # fmt: skip
+    found = steps.waterfall(verdict.comparison(pairs, "full", "empty"))
+    (bar,) = [trace for trace in found.figure.data if trace.type == "bar"]
+    ends = [base + length for base, length in zip(bar.base, bar.x, strict=True)]
+    assert len(bar.y) == len(names) + 2
+    assert list(bar.base[1:-1]) == pytest.approx(ends[:-2])  # each begins where the one before ended
+    assert ends[-2] == pytest.approx(ends[-1])  # and the last one at the arm's capacity
+
+
+# ---- the fingerprint, which comes first -------------------------------------------------------------------
+
+
+def evidenced(arm, kind="native", **evidence):
+    found = record(ONE_BLOCK, arm)
+    found["environment"] = {"kind": kind}
+    found["result"]["evidence"] |= evidence
+    return found
+
+
+def rivals_of(base, arm):
+    rows = fingerprint.compare([base, arm], ("empty", "full"))
+    return [row.name for row in fingerprint.rivals(rows, ("empty", "full"), "empty", "full")]
+
+
+def test_a_bound_driver_library_is_the_same_file():
+    base = evidenced("empty", libraries=["/usr/lib/libcuda.so.580", "/lib/libc.so.6"])
+    arm = evidenced("full", "docker", libraries=["/spark_ray/driver/libcuda.so.1", "/lib/libc.so.6"])
+    assert rivals_of(base, arm) == ["libraries"]
+    arm["content"] = {"mounts": [["/usr/lib/libcuda.so.580", "/spark_ray/driver/libcuda.so.1", True]]}
+    assert rivals_of(base, arm) == []
+    arm["content"] = {"mounts": [["/usr/lib", "/spark_ray/driver", True]]}
+    assert rivals_of(base, arm) == ["libraries"]  # another file of that folder
+
+
+def test_folders_of_the_run_have_the_same_name_everywhere():
+    base = evidenced(
+        "empty",
+        environment={
+            "SPARK_RAY_RUN": "/r",
+            "XDG_CACHE_HOME": "/r/scratch/local-0/compile-cache/empty/cold/xdg",
+            "PYTHONPATH": "/r/bundle",
+        },
+    )
+    inside = {
+        "SPARK_RAY_RUN": "/r",
+        "XDG_CACHE_HOME": "/spark_ray/cache/xdg",
+        "PYTHONPATH": "/spark_ray/bundle",
+    }
+    assert rivals_of(base, evidenced("full", "docker", environment=inside)) == []
+    inside["XDG_CACHE_HOME"] = "/root/.cache"
+    assert rivals_of(base, evidenced("full", "docker", environment=inside)) == ["variable.XDG_CACHE_HOME"]
+
+
+def test_limits_and_mounts_are_rivals_where_the_environment_is_the_same():
+    def mounted(options):
+        return [{"source": "tmpfs", "target": "/dev/shm", "type": "tmpfs", "options": options}]
+
+    base, limits = evidenced("empty", mounts=mounted("rw")), {"memlock": [65536, 65536]}
+    assert rivals_of(base, evidenced("full", mounts=mounted("rw"), limits=limits)) == [
+        "limits.memlock",
+        "limits.nofile",
+    ]
+    assert rivals_of(base, evidenced("full", mounts=mounted("rw,size=64m"))) == ["mounts"]
+    assert rivals_of(base, evidenced("full", "docker", mounts=mounted("rw,size=64m"))) == []
+
+
+def test_what_differs_comes_before_what_was_measured(tmp_path):
+    folder = compose(tmp_path / "run", two_gib_of_cache, blocks=2)
+    report.write(folder)
+    page = (folder / "report.html").read_text()
+    order = [
+        page.index(f"<h2>{heading}")
+        for heading in ("What differs", "KV capacity by arm", "Figures", "Where the")
+    ]
+    assert order == sorted(order)
+    assert page.index('id="verdict"') < order[0]
+
+
+# ---- what the host says against it ------------------------------------------------------------------------
+
+
+def test_every_doubt_of_gate_guard_watchdog_and_ledger_is_raised(tmp_path):
+    def records(block, arm):
+        found = record(block, arm)
+        footprint = {
+            "ray": {"processes": 2, "pss_bytes": (300 + 50 * block.index) * MIB},
+            "podman": {"processes": 0},
+        }
+        found["host"] |= {
+            "gate": {"reached": False, "temperature": {"reached": False}, "sm_clock": {"reached": True}},
+            "guard": {"swapped_bytes": 5 * MIB, "stalled_share": 0.2, "throttled_share": 0.5, "foreign_gpu_processes": [{"pid": 3}]},
+            "back": {"reached": False, "waited_s": 60.0, "wanted_bytes": 9 * GIB, "found_bytes": 8 * GIB},
+            "watchdog": {"protections": {"mlock": True, "oom_score": "Permission denied"}},
+            "ledger": [{"phase": "sizing", "quantities": [{"name": "free", "agree": False}, {"name": "total", "agree": True}]}],
+            "orchestrator": {"before": footprint, "after": footprint},
+        }  # fmt: skip
+        return [found | {"started_at": f"2026-11-21T00:0{block.index}:00+00:00"}]
+
+    summary = report.write(compose(tmp_path / "run", records))
+    said = " ".join(each["sentence"] for each in summary["findings"])
+    for words in (
+        "The gate waited in vain before 8 trials", ": temperature.", "swapped up to 5.00 MiB", "up to 20.0% of the time",
+        "in up to 50.0% of the samples", "Somebody else computed on a GPU while 8 trials", "had not come back when the wait ended, up to 1.00 GiB",
+        "protect itself fully (oom_score: Permission denied)", "about free at sizing, in 8 trials", "grew by 150.00 MiB",
+    ):  # fmt: skip
+        assert words in said
+    assert "total at sizing" not in said
