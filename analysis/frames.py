@@ -135,6 +135,16 @@ def words(value: Any) -> str:
     return text(value if isinstance(value, str) else json.dumps(value, sort_keys=True)) or ""
 
 
+_UNTREATED = {"compile_cache": "cold", "swap": "as_is", "ballast": None}
+
+
+def _set_on_purpose(treatment: Any) -> Any:
+    """A treatment without the keys that ask for nothing."""
+    if not isinstance(treatment, Mapping):
+        return treatment
+    return {key: each for key, each in treatment.items() if (key, each) not in _UNTREATED.items()}
+
+
 # ---- tables -----------------------------------------------------------------------------------------------
 
 
@@ -172,7 +182,7 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
     evidence = at(record, "host", "outside")
     return {
         "block_index": indices.get(text(record.get("block_id")) or ""),
-        "treatment": words(record.get("treatment")),
+        "treatment": words(_set_on_purpose(record.get("treatment"))),
         "setup": words([record.get(part) for part in ("environment", "treatment", "engine", "executor") if part in record]),
         "fake": at(record, "engine", "kind") == "fake" or at(record, "result", "measurements", "engine", "fake") is True,
         "simulated": at(record, "engine", "kind") == "simulated",

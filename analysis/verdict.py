@@ -145,7 +145,9 @@ def sentence(found: Comparison, noise_floor: float | None = None) -> str:
             return f"No complete block of {found.arm} and {found.baseline}: there is no contrast."
         return f"No block in which both {found.arm} and {found.baseline} have KV capacity: there is no contrast.{_capacity_only_in_one(found)}"
     exact = paired.n > 1 and paired.sd == 0 and paired.mean != 0
-    if paired.n == 1 or paired.excludes_zero or exact:
+    if paired.n == 1 and paired.mean == 0:
+        text = f"{found.arm} and {found.baseline} have the same KV cache in the one block there is: no interval, so no verdict."
+    elif paired.n == 1 or paired.excludes_zero or exact:
         text = _difference(found)
         if noise_floor is not None and paired.mean is not None and abs(paired.mean) <= noise_floor:
             text += f" Two equal arms of this run differ by up to {percent(noise_floor)}: this is not above the noise."

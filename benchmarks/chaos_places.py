@@ -81,7 +81,8 @@ class Engine:
         import docker
 
         command = [
-            "dockerd", "--host", self.url, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec",
+            # A network namespace of its own: a daemon without a bridge removes docker0, which is another daemon's.
+            "unshare", "--net", "dockerd", "--host", self.url, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec",
             "--pidfile", f"{self.folder}/pid", "--containerd", f"{self.folder}/containerd.sock",
             "--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false",
             "--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", f"/{self.cgroup}",

@@ -317,10 +317,14 @@ def kept(folder: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     parser = options(__doc__, rounds=3, trials=1)
+    parser.add_argument(
+        "--engine", choices=("embedded", "probe"), default="embedded",
+        help="of the views that both have; the view `engine` is the embedded engine's alone",
+    )  # fmt: skip
     chosen = parser.parse_args()
     if not (root := RootActs()).available()[0]:
         raise SystemExit(f"draining per-CPU lists, chroot and cgroups need root: {root.available()[1]}")
-    engine, views, sizes = "embedded", VIEWS, (256, 4096)
+    engine, views, sizes = chosen.engine, VIEWS, (256, 4096)
     if chosen.quick:
         engine, views, sizes, chosen.rounds = "probe", ("memfree", "memavailable", "cgroup"), (256, 768), 1
     planned = cells(random.Random(chosen.seed), views, *sizes)
@@ -335,7 +339,8 @@ def main() -> None:
             if done.exists():
                 results.append(json.loads(done.read_text()))
                 continue
-            found = execute(cell, engine, chosen.rounds, folder)
+            kind = "embedded" if cell.view == "engine" else engine
+            found = execute(cell, kind, chosen.rounds, folder)
             if "failed" not in found:
                 done.parent.mkdir(exist_ok=True)
                 done.write_text(json.dumps(found, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -271,13 +272,17 @@ def environment_problems(spec: EnvironmentSpec) -> list[Problem]:
     return []
 
 
+def _image_of(spec: DockerEnvironment, client: Any) -> contextlib.AbstractContextManager[str]:
+    if spec.image == "host":
+        return image.for_trying(client)
+    return contextlib.nullcontext(str(image.inspect(client, spec.image).image.id))
+
+
 def _docker_problems(spec: DockerEnvironment) -> list[Problem]:
     client = image.connect()
     try:
-        made = (
-            image.any_of_ours(client) if spec.image == "host" else image.inspect(client, spec.image).image.id
-        )
-        refused = refused_flags(spec, client, made) if made else None
+        with _image_of(spec, client) as made:
+            refused = refused_flags(spec, client, made)
         return [refused] if refused else []
     finally:
         client.close()

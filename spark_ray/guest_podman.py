@@ -38,12 +38,12 @@ _NO_PROGRAM = "/spark_ray-tries-the-flags"
 _NOT_FOUND = "attempted to invoke a command that was not found"  # podman's words, whatever the runtime
 
 
-def ask(*words: str) -> str:
-    """What podman answers; StartError with its own words where it refuses."""
+def ask(*words: str, folder: Path | None = None) -> str:
+    """What podman answers; StartError with its own words where it refuses. `folder`: where it is started."""
     try:
         done = subprocess.run(
             ["podman", *words], capture_output=True, text=True, timeout=_LIMIT_S, check=False, stdin=subprocess.DEVNULL,
-            errors="replace",
+            errors="replace", cwd=folder,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise StartError("the program podman is not installed") from error
@@ -67,7 +67,8 @@ class PodmanGuest:
         except EnvironmentLostError as error:
             raise StartError(str(error), refused=False) from error
         try:
-            ask("init", self.container_id)
+            # conmon stays where it was started, and notes there that its container ran out of memory, in a file `oom`.
+            ask("init", self.container_id, folder=log.parent)
             self._meet()
             near = ("podman", "start", "--attach", "--interactive", "--sig-proxy=false", self.container_id)
             variables = dict(os.environ)  # podman's, not the worker's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -68,10 +69,24 @@ def host_config(client: Any, settings: dict[str, Any]) -> Any:
     return client.api.create_host_config(**config)
 
 
-def any_of_ours(client: Any) -> str | None:
-    """Some image made from a rootfs here, to try flags on; None if there is none yet."""
+@contextlib.contextmanager
+def for_trying(client: Any) -> Iterator[str]:
+    """Some image to try flags on: one made from a rootfs here, else one that holds nothing and is gone afterwards.
+
+    In the latter no program can start, but what the daemon refuses it refuses before (`no_such_program`).
+    """
     found = client.api.images(filters={"label": LABEL})
-    return str(found[0]["Id"]) if found else None
+    if found:
+        yield str(found[0]["Id"])
+        return
+    empty = io.BytesIO()
+    tarfile.open(fileobj=empty, mode="w").close()
+    answer = client.api.import_image_from_data(empty.getvalue(), changes=["LABEL spark_ray.purpose=probe"])
+    made = str(json.loads(answer.splitlines()[-1])["status"])
+    try:
+        yield made
+    finally:
+        remove_image(client, made)
 
 
 def try_flag(client: Any, image_id: str, settings: dict[str, Any]) -> str | None:

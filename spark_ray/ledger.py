@@ -276,7 +276,7 @@ def _free(seen: Reading, inside: Reading, ledger: Mapping[str, Any]) -> list[Qua
         "MemFree inside": (inside.get("meminfo") or {}).get("MemFree"),
         "CUDA free": (inside.get("cuda") or {}).get("free_bytes"),
     }
-    why = "CUDA's is read a moment later; on unified memory it is MemFree"
+    why = "CUDA's is read a moment earlier; on unified memory it is MemFree"
     return _quantity("free", values, why, ledger["error_bytes"] + moved)
 
 

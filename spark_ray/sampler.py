@@ -1,5 +1,8 @@
 """Cheap counters between phases: one thread on a fixed schedule, 22 times a second, and what that cost.
 
+Free, available, cached, anonymous and shared memory and the group's usage are in every row; per-CPU lists, stalls (a
+counter that only grows) and the group's parts in every second one.
+
 What lies between two rows is not seen: a peak of 50 ms may be. `peak` therefore asks the kernel's own high-water marks,
 the group's if the guest has one of its own and the worker's VmHWM, and says which of them cannot tell.
 """
@@ -8,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import statistics
 import threading
 import time
@@ -36,9 +38,7 @@ FIELDS = (
 )
 Row = tuple[float | int | None, ...]
 
-_MEMINFO = re.compile(rb"^(MemFree|MemAvailable|Buffers|Cached|AnonPages|Shmem): +(\d+) kB", re.MULTILINE)
-_PAGESET = re.compile(rb"count: +(\d+)")  # in zoneinfo only pagesets count
-_STALLED = re.compile(rb"some .*total=(\d+)")
+SLOW_EVERY = 2  # rows: what moves slowly, or only ever grows, costs as much as the rest together
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -66,6 +66,17 @@ class _File:
             self._descriptor = None
 
 
+def _number(text: bytes, name: bytes) -> int | None:
+    """The number behind a name at the start of a line: a quarter of what a regular expression takes."""
+    at = text.find(b"\n" + name)
+    return None if at < 0 else int(text[at + 1 + len(name) :].split(None, 1)[0])
+
+
+def _kib(text: bytes, name: bytes) -> int | None:
+    found = _number(text, name + b":")
+    return None if found is None else found * 1024
+
+
 class _Group:
     """The worker's accounting group: usage, and the parts of its stat that are anonymous and file pages."""
 
@@ -74,13 +85,15 @@ class _Group:
         v1 = version == 1
         self._usage = _File(folder / ("memory.usage_in_bytes" if v1 else "memory.current"))
         self._stat = _File(folder / "memory.stat")
-        parts = (b"total_rss", b"total_cache") if v1 else (b"anon", b"file")
-        self._parts = [re.compile(rb"^" + name + rb" (\d+)$", re.MULTILINE) for name in parts]
+        self._parts = (b"total_rss ", b"total_cache ") if v1 else (b"anon ", b"file ")
 
-    def read(self) -> Row:
-        usage, stat = self._usage.read(), self._stat.read()
-        found = [pattern.search(stat) for pattern in self._parts]
-        return (int(usage) if usage else None, *(int(match[1]) if match else None for match in found))
+    def usage(self) -> int | None:
+        text = self._usage.read()
+        return int(text) if text else None
+
+    def parts(self) -> tuple[int | None, ...]:
+        stat = b"\n" + self._stat.read()
+        return tuple(_number(stat, part) for part in self._parts)
 
     def close(self) -> None:
         self._usage.close()
@@ -145,13 +158,16 @@ class Sampler:
     def take(self) -> None:
         """One row, and what is due of the GPUs."""
         now = time.monotonic()
-        found = {name: int(value) * 1024 for name, value in _MEMINFO.findall(self._meminfo.read())}
-        cached, buffers = found.get(b"Cached"), found.get(b"Buffers")
+        info = self._meminfo.read()
+        cached, buffers = _kib(info, b"Cached"), _kib(info, b"Buffers")
+        slowly = len(self.rows) % SLOW_EVERY == 0
         self.rows.append(
             (
-                now, found.get(b"MemFree"), found.get(b"MemAvailable"), None if cached is None or buffers is None else cached + buffers,
-                found.get(b"AnonPages"), found.get(b"Shmem"), self._waiting(), self._stalled(),
-                *(self._group.read() if self._group else (None, None, None)),
+                now, _kib(info, b"MemFree"), _kib(info, b"MemAvailable"), None if cached is None or buffers is None else cached + buffers,
+                _kib(info, b"AnonPages"), _kib(info, b"Shmem"),
+                self._waiting() if slowly else None, self._stalled() if slowly else None,
+                self._group.usage() if self._group else None,
+                *(self._group.parts() if self._group and slowly else (None, None)),
             )
         )  # fmt: skip
         if now >= self._gpus_due_s:
@@ -165,11 +181,16 @@ class Sampler:
         text = b""
         while piece := self._zoneinfo.read(len(text)):  # the kernel may give one NUMA node a read
             text += piece
-        return sum(map(int, _PAGESET.findall(text))) * _PAGE_BYTES if text else None
+        # In zoneinfo only pagesets have a "count:".
+        return (
+            sum(int(part.split(None, 1)[0]) for part in text.split(b"count:")[1:]) * _PAGE_BYTES
+            if text
+            else None
+        )
 
     def _stalled(self) -> int | None:
-        match = _STALLED.search(self._pressure.read())
-        return int(match[1]) if match else None
+        _, found, rest = self._pressure.read().partition(b"total=")  # the first line is "some"
+        return int(rest.split(None, 1)[0]) if found else None
 
     def series(self) -> dict[str, Any]:
         """samples.json."""

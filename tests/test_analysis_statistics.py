@@ -58,7 +58,7 @@ def test_agreement_to_the_last_digit_is_not_a_division_by_zero():
     assert (none.excludes_zero, none.note) == (False, "0 of 2 blocks differ")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(values, st.floats(0.001, 1000))
 def test_a_unit_or_a_sign_changes_nothing(sample, scale):
     found, scaled, mirrored = (

@@ -25,7 +25,7 @@ BLOCKS = 3
 
 def sweep(path, folder, *options):
     return subprocess.Popen(
-        [sys.executable, "-m", "spark_ray.sweep", str(path), "--out", str(folder), *options],
+        [sys.executable, "-m", "spark_ray.sweep", str(path), "--out", str(folder), "--no-report", *options],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

@@ -201,3 +201,18 @@ def test_torch_and_transformers_import_in_a_container(client, host, made):
     pytest.importorskip("torch")
     code = "import torch, transformers; print(torch.ones(2).sum().item(), transformers.__name__)"
     assert run(client, host, made, code) == "2.0 transformers\n"
+
+
+@pytest.mark.docker
+def test_flags_can_be_tried_before_any_image_was_made(client, monkeypatch):
+    monkeypatch.setattr(image, "LABEL", "spark_ray.no_image_has_this")
+    before = {each["Id"] for each in client.api.images(all=True)}
+    with image.for_trying(client) as made:
+        assert made not in before
+        granted = image.try_flag(client, made, {"ipc_mode": "host"})
+        refused = image.try_flag(client, made, {"ulimits": {"nofile": 1 << 62}})  # above any kernel's fs.nr_open
+    assert granted is not None
+    assert image.no_such_program(granted)
+    assert refused is not None
+    assert not image.no_such_program(refused)
+    assert {each["Id"] for each in client.api.images(all=True)} == before

@@ -176,6 +176,7 @@ TEXT_KEYS = {  # every key of a YAML whose value is free text, and what it is
     "arms.*.environment.cpuset_cpus": "docker's", "arms.*.environment.cgroup_parent": "docker's",
     "arms.*.environment.cap_add.*": "docker's", "arms.*.environment.cap_drop.*": "docker's",
     "name": "plain name", "question": "words", "contrast.baseline": "arm", "contrast.against": "arm", "engine.only_in_arm": "arm",
+    "arms.*.builds_on": "arm", "predictions.*.arm": "arm", "predictions.*.baseline": "arm", "predictions.*.because": "words",
 }  # fmt: skip
 
 

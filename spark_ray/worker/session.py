@@ -70,11 +70,11 @@ class Session:
         """
         if name == "sizing":
             self.exchange("settle")
-        seen = observe.observe(name) | extra
+        # An engine's own sources come first: what the first of them sets up (a CUDA context) is then in the reading.
+        own = {key: value for source in self.sources for key, value in source().items()}
+        seen = observe.observe(name) | extra | own
         if name in _WITH_MODEL_FILES and self.request["model_path"]:
             seen["model_files"] = observe.resident(observe.files_under(Path(self.request["model_path"])))
-        for source in self.sources:
-            seen.update(source())
         os.write(self._observations, (json.dumps(seen, allow_nan=False) + "\n").encode())
         self.exchange("phase", name)
         return seen
