@@ -61,7 +61,9 @@ class Preview:
     def expected_s(self) -> float | None:
         if self.trial_s is None:
             return None
-        warm = [name for name in self.executed if self.experiment.arms[name].treatment.compile_cache == "warm"]
+        warm = [
+            name for name in self.executed if self.experiment.arms[name].treatment.compile_cache == "warm"
+        ]
         warmings = len(warm) * -(-self.blocks // self.experiment.search.repetitions)  # one a configuration
         return (self.blocks * len(self.executed) + warmings) * self.trial_s / max(1, self.slots)
 
@@ -183,7 +185,9 @@ def _preparations(experiment: Experiment) -> list[str]:
         if isinstance(a.treatment.page_cache, Fill)
     ]
     if any(arm.treatment.compile_cache == "warm" for arm in experiment.arms.values()):
-        steps.append("fill each warm compile cache by an execution that is not measured, once a configuration")
+        steps.append(
+            "fill each warm compile cache by an execution that is not measured, once a configuration"
+        )
     if fills:
         steps.append(f"hold a file of {format_bytes(max(fills))} in the run folder, removed at the end")
     return steps

@@ -31,7 +31,9 @@ class HostIdentity(Part):
 class Outside(Part):
     """The live worker seen from outside when it said `ready`; empty when the host could not look."""
 
-    pid: Size | None = Field(default=None, description="process started: the supervisor, or what waits for it")
+    pid: Size | None = Field(
+        default=None, description="process started: the supervisor, or what waits for it"
+    )
     container_id: Word | None = Field(default=None, description="the container (docker, podman)")
     worker_pid: Size | None = Field(default=None, description="process id of the worker on the host")
     cgroup: list[str] | None = Field(default=None, description="lines of its /proc/PID/cgroup")
@@ -81,7 +83,8 @@ class Treatment(Part):
         description="free pages in per-CPU lists before the start, and again before the engine reads"
     )
     compile_cache: Literal["cold", "warm"] | None = Field(
-        default=None, description="compiled kernels; null: by a program that gave the worker no folder for them"
+        default=None,
+        description="compiled kernels; null: by a program that gave the worker no folder for them",
     )
     swap: Literal["as_is", "require_off"] | None = Field(default=None, description="swap space of the host")
     ballast: EffectiveBallast | None = Field(default=None, description="memory held beside the environment")
@@ -159,7 +162,9 @@ class End(Part):
     """How a container ended, or a process with a memory cgroup of its own; empty for others."""
 
     container_id: Word | None = Field(default=None, description="the container")
-    oom_killed: bool | None = Field(default=None, description="the daemon's OOMKilled, or an oom_kill in the group")
+    oom_killed: bool | None = Field(
+        default=None, description="the daemon's OOMKilled, or an oom_kill in the group"
+    )
     cgroup_peak_bytes: Size | None = Field(default=None, description="peak usage of its own group (isolated)")
     group_left: str | None = Field(default=None, description="why its own group could not be removed")
     error: str | None = Field(default=None, description="the daemon's State.Error")
@@ -174,9 +179,7 @@ class Held(Part):
         default=None, description="proportional set size: shared pages counted once, file pages included"
     )
     pss_anon_bytes: Size | None = Field(default=None, description="anonymous part of pss_bytes")
-    absent: dict[str, str] | None = Field(
-        default=None, description="what could not be read: name and reason"
-    )
+    absent: dict[str, str] | None = Field(default=None, description="what could not be read: name and reason")
 
 
 class Footprint(Part):
@@ -191,9 +194,7 @@ class Footprint(Part):
     object_store_bytes: Size | None = Field(
         default=None, description="of Ray's object store in memory; mapped pages are in the groups as well"
     )
-    absent: dict[str, str] | None = Field(
-        default=None, description="what could not be read: name and reason"
-    )
+    absent: dict[str, str] | None = Field(default=None, description="what could not be read: name and reason")
     cost_s: Seconds = Field(description="how long the reading took, seconds")
 
 
@@ -226,7 +227,9 @@ class HostView(Part):
     )
     duration_s: Seconds = Field(description="whole attempt, all waits and the treatment included, seconds")
     samples: Samples = Field(description="the time series beside the record")
-    gate: Gate | None = Field(default=None, description="the wait for everything but memory, before the attempt")
+    gate: Gate | None = Field(
+        default=None, description="the wait for everything but memory, before the attempt"
+    )
     warming: Warming | None = Field(
         default=None, description="null: the compile cache needed none (cold, or warm already)"
     )
@@ -236,7 +239,8 @@ class HostView(Part):
         default=None, description="the wait for memory after the attempt: how late it comes back"
     )
     ledger: list[Ledger] | None = Field(
-        default=None, description="each of the host's observations balanced; null: by a program without a ledger"
+        default=None,
+        description="each of the host's observations balanced; null: by a program without a ledger",
     )
     orchestrator: Orchestrator | None = Field(
         default=None, description="what this program, its Ray and the container services held themselves"

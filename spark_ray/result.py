@@ -222,10 +222,14 @@ class RootMount(Part):
 
 
 class Mount(Part):
-    source: str = Field(description="what is mounted: a device, a server's folder, or the filesystem's own word")
+    source: str = Field(
+        description="what is mounted: a device, a server's folder, or the filesystem's own word"
+    )
     target: str = Field(description="where, as the worker's root shows it")
     type: str = Field(description="type of the filesystem")
-    options: str = Field(description="options of the mount, then of the filesystem; folders of an overlay left out")
+    options: str = Field(
+        description="options of the mount, then of the filesystem; folders of an overlay left out"
+    )
 
 
 class Evidence(Part):

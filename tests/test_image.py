@@ -210,7 +210,9 @@ def test_flags_can_be_tried_before_any_image_was_made(client, monkeypatch):
     with image.for_trying(client) as made:
         assert made not in before
         granted = image.try_flag(client, made, {"ipc_mode": "host"})
-        refused = image.try_flag(client, made, {"ulimits": {"nofile": 1 << 62}})  # above any kernel's fs.nr_open
+        refused = image.try_flag(
+            client, made, {"ulimits": {"nofile": 1 << 62}}
+        )  # above any kernel's fs.nr_open
     assert granted is not None
     assert image.no_such_program(granted)
     assert refused is not None

@@ -232,9 +232,7 @@ def warm(folder, environment="native", **engine):
 def test_a_warm_compile_cache_is_filled_by_one_execution_that_is_not_measured(tmp_path, environment):
     one = warm(tmp_path / "run", environment)
     try:
-        compiled = (
-            "    import os; open(os.environ['TRITON_CACHE_DIR'] + f'-{time.monotonic_ns()}', 'w').write('kernel')\n"
-        )
+        compiled = "    import os; open(os.environ['TRITON_CACHE_DIR'] + f'-{time.monotonic_ns()}', 'w').write('kernel')\n"
         phase = '    talk.phase("after_load")\n'
         one.change_worker("engine_fake.py", phase, compiled + phase)
         first, second = one.run(), one.run(attempt=2)

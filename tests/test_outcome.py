@@ -49,7 +49,11 @@ def result(failure=None, **measurements):
         (Facts(result(), exit_code=0, not_reached="memory"), "disturbed", "not_reached"),
         (Facts(result(), exit_code=0, not_quiet="swap"), "disturbed", "not_quiet"),
         (Facts(None, stopped_by="deadline", not_quiet="swap"), "disturbed", "not_quiet"),
-        (Facts(result(), exit_code=0, not_quiet="swap", contradictions=("x",)), "wrong_environment", "evidence"),
+        (
+            Facts(result(), exit_code=0, not_quiet="swap", contradictions=("x",)),
+            "wrong_environment",
+            "evidence",
+        ),
         (Facts(result(), exit_code=139), "crashed", "SIGSEGV"),
     ],
 )

@@ -154,7 +154,12 @@ def test_no_variable_of_the_caller_reaches_a_guest_but_the_listed_ones(probed):
     record, _ = probed
     ours = "PATH HOME TMPDIR LANG PYTHONPATH PYTHONDONTWRITEBYTECODE SPARK_RAY_TRIAL SPARK_RAY_RUN"
     dockers = {"HOSTNAME"}
-    listed = {*ours.split(), *PASSED_VARIABLES, *record["content"]["variables"], *compile_cache_variables("")} | dockers
+    listed = {
+        *ours.split(),
+        *PASSED_VARIABLES,
+        *record["content"]["variables"],
+        *compile_cache_variables(""),
+    } | dockers
     inside = record["result"]["evidence"]["environment"]
     assert set(inside) <= listed
     assert not any(os.environ[name] in json.dumps(record) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN"))

@@ -62,7 +62,9 @@ class Offer:
     podman: str | None = None  # likewise
     podman_mend: str = ""
     memory_total_bytes: int = 0
-    isolation: Mapping[str, str] = field(default_factory=dict)  # what `RootActs.isolation` found not to work, and why
+    isolation: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what `RootActs.isolation` found not to work, and why
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,12 @@ class Site:
     run_label: str  # the run folder
     uid: int
     gid: int
-    root_argv: tuple[str, ...] = ()  # what stands in front of a root act: interpreter, with sudo before it if needed
-    compile_cache: Path | None = None  # of the arm, see `compile_cache`; null: the worker keeps compiled kernels in its HOME
+    root_argv: tuple[
+        str, ...
+    ] = ()  # what stands in front of a root act: interpreter, with sudo before it if needed
+    compile_cache: Path | None = (
+        None  # of the arm, see `compile_cache`; null: the worker keeps compiled kernels in its HOME
+    )
 
 
 @dataclass(frozen=True)
