@@ -89,11 +89,12 @@ def left(run: Path | None = None) -> Iterator[str]:
     except OSError:
         return
     for folder in folders:
-        if not _is_locked(folder):
+        if not is_locked(folder):
             yield folder.name
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
+    """Whether somebody who lives holds the folder's lock: this group's driver, or the maker of a tree (`rootfs.in_the_making`)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

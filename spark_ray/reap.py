@@ -155,23 +155,8 @@ def _unfinished(cache: Path) -> Iterator[Leftover]:
         if pid.isdigit() and not Path("/proc", pid).exists():
             yield Leftover("unfinished", str(path), "", f"a model that process {pid} did not finish")
     for path in sorted(cache.glob("rootfs/.tree.*")):
-        if path.is_dir() and not _is_locked(path):
+        if path.is_dir() and not group.is_locked(path):
             yield Leftover("unfinished", str(path), "", "a tree whose maker died")
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether the process that makes this tree lives: see `rootfs.in_the_making`."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return True  # finished meanwhile
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return time.time() - folder.stat().st_mtime < 1  # made this moment: its maker is about to lock it
 
 
 def _helpers(client: Any | None) -> Iterator[Leftover]:

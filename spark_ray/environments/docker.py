@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..environment_spec import DockerEnvironment
@@ -100,23 +101,26 @@ def start(spec: DockerEnvironment, site: Site) -> Start:
     )
 
 
+def of_container(outside: dict[str, Any], of_host: Mapping[str, bool]) -> list[str]:
+    """A group names the container, its root is not the host's, and each namespace is the host's or its own as `of_host` says."""
+    host, found = outside["host"], []
+    container_id = outside["container_id"]
+    if not any(container_id in line for line in outside["cgroup"]):
+        found.append(f"no cgroup of the process names container {container_id[:12]}")
+    for kind, shared in sorted(of_host.items()):
+        is_hosts = outside["namespaces"].get(kind) == host["namespaces"].get(kind)
+        if is_hosts != shared:
+            found.append(f"the {kind} namespace is {'the host' if is_hosts else 'not the host'}'s own")
+    if outside.get("root") == host["root"]:
+        found.append("root is the host's own")
+    return found
+
+
 def contradictions(
     spec: DockerEnvironment,
     site: Site,  # noqa: ARG001
     inside: dict[str, Any],  # noqa: ARG001
     outside: dict[str, Any],
 ) -> list[str]:
-    host, found = outside["host"], []
-    container_id = outside["container_id"]
-    if not any(container_id in line for line in outside["cgroup"]):
-        found.append(f"no cgroup of the process names container {container_id[:12]}")
-    spaces = outside["namespaces"]
-    kinds = {"mnt"} | ({"pid"} if spec.pid is None else set())
-    found += [
-        f"the {kind} namespace is the host's own"
-        for kind in sorted(kinds)
-        if spaces.get(kind) == host["namespaces"].get(kind)
-    ]
-    if outside.get("root") == host["root"]:
-        found.append("root is the host's own")
-    return found
+    shared = {"ipc": spec.ipc == "host", "net": spec.network == "host", "pid": spec.pid == "host"}
+    return of_container(outside, {"mnt": False, **shared})

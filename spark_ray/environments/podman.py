@@ -21,7 +21,7 @@ from . import (
     worker_argv,
     worker_variables,
 )
-from .docker import LABEL_RUN, LABEL_TRIAL
+from .docker import LABEL_RUN, LABEL_TRIAL, of_container
 
 
 def problems(spec: PodmanEnvironment, offer: Offer) -> list[Problem]:
@@ -98,16 +98,5 @@ def contradictions(
     inside: dict[str, Any],  # noqa: ARG001
     outside: dict[str, Any],
 ) -> list[str]:
-    """Each namespace is the container's own or the host's, as asked; a group names the container; the root is another."""
-    host, found = outside["host"], []
-    container_id = outside["container_id"]
-    if not any(container_id in line for line in outside["cgroup"]):
-        found.append(f"no cgroup of the process names container {container_id[:12]}")
-    asked_of_host = {"ipc": spec.ipc == "host", "net": spec.network == "host", "mnt": False, "pid": False}
-    for kind, shared in sorted(asked_of_host.items()):
-        is_hosts = outside["namespaces"].get(kind) == host["namespaces"].get(kind)
-        if is_hosts != shared:
-            found.append(f"the {kind} namespace is {'the host' if is_hosts else 'not the host'}'s own")
-    if outside.get("root") == host["root"]:
-        found.append("root is the host's own")
-    return found
+    shared = {"ipc": spec.ipc == "host", "net": spec.network == "host"}
+    return of_container(outside, {"mnt": False, "pid": False, **shared})
