@@ -98,6 +98,22 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float | None:
     return float(max(above, below))
 
 
+def rank_equivalence_p(differences: Sequence[float], margin: float) -> float | None:
+    """As `equivalence_p`, by two one-sided Wilcoxon signed-rank tests: for values with tails that swamp a mean.
+
+    Raises:
+        ValueError: the margin is not positive.
+    """
+    if margin <= 0:
+        raise ValueError("an equivalence margin is positive")
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2:
+        return None
+    above = stats.wilcoxon(values + margin, alternative="greater", zero_method="zsplit").pvalue
+    below = stats.wilcoxon(values - margin, alternative="less", zero_method="zsplit").pvalue
+    return float(max(above, below))
+
+
 def order_effect(differences: Sequence[float], arm_was_first: Sequence[bool]) -> Effect | None:
     """How much larger the difference is where the arm ran before the baseline (Welch). None without two of each."""
     first = [value for value, was in zip(differences, arm_was_first, strict=True) if was]

@@ -120,7 +120,7 @@ def prepare_model(experiment: Experiment) -> Path | None:
     part.mkdir(parents=True)
     try:
         done = subprocess.run(
-            [sys.executable, str(_WORKER / "checkpoint.py"), str(part), json.dumps(shape)],
+            [sys.executable, "-m", "spark_ray.worker.checkpoint", str(part), json.dumps(shape), str(os.getpid())],
             capture_output=True, text=True, timeout=600, check=False,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"},
         )  # fmt: skip

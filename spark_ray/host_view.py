@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field
 
-from .result import Part, Seconds, Size, Word
+from .measurements import Part, Seconds, Size, Word
 
 Stamp = Annotated[AwareDatetime, Field(strict=False)]  # written as ISO 8601 text
 

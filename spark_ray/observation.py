@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from .result import Counter, Meminfo, OpenPart, Part, Seconds, Size, Word
+from .measurements import Counter, Meminfo, OpenPart, Part, Seconds, Size, Word
 
 Absent = dict[str, str]
 """What could not be read: name and reason. Never 0."""

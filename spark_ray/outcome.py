@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from .result import KvCache, problems
+from .measurements import KvCache
+from .result import problems
 
 OutcomeKind = Literal[
     "ok",

@@ -13,7 +13,8 @@ from pydantic import AwareDatetime, Field
 from .host_view import Gate, Guard, Samples, Wait, Warming, Watchdog
 from .observation import Ledger, Observation
 from .outcome import OutcomeKind
-from .result import Part, Result, Seconds, Sha256, Size, Word
+from .measurements import Part, Seconds, Sha256, Size, Word
+from .result import Result
 
 __all__ = ["Observation", "Record", "Result"]
 

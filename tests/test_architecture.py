@@ -11,7 +11,7 @@ PACKAGE = ROOT / "spark_ray"
 LAYERS = [
     {"worker"}, {"errors", "units", "guestfiles", "roots"}, {"nvml", "driver"}, {"spec"}, {"engines", "environment_spec", "conditions"}, {"experiment"}, {"privileged", "isolate", "tether", "ballast_process", "watchdog_process", "watchdog", "capabilities"}, {"rootact"}, {"group"},
     {"rootfs_host"}, {"rootfs"}, {"image"}, {"environments"}, {"page_cache", "ballast", "compile_cache"}, {"treatments"}, {"cluster"}, {"explain"}, {"config"}, {"plan"},
-    {"result"}, {"divergence", "outcome", "observation", "host_view"}, {"record", "ledger"}, {"store"}, {"host", "guest", "receive", "footprint"}, {"guest_podman", "sampler", "gate", "guard"}, {"attend"}, {"content"}, {"launch", "reap", "digest"}, {"execute"}, {"actors", "search"}, {"orchestrator"},
+    {"measurements"}, {"result"}, {"divergence", "outcome", "observation", "host_view"}, {"record", "ledger"}, {"store"}, {"host", "guest", "receive", "footprint"}, {"guest_podman", "sampler", "gate", "guard"}, {"attend"}, {"content"}, {"launch", "reap", "digest"}, {"execute"}, {"actors", "search"}, {"orchestrator"},
     {"preview"}, {"terminal", "opening"}, {"running", "completion"}, {"several"}, {"sweep", "doctor"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

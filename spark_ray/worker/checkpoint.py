@@ -1,13 +1,17 @@
-"""`python -m spark_ray_worker.checkpoint OUT JSON`: write a small random-weight Llama checkpoint, in the real format.
+"""`python -m spark_ray.worker.checkpoint OUT JSON PARENT`: write a small random-weight Llama checkpoint, in the real format.
 
-Runs with the engine's library, so that it lives beside the engine and the core needs no torch.
+Runs with the engine's library, so that it lives beside the engine and the core needs no torch. It ends with the process
+PARENT, which may be killed while torch is still at work.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+from . import supervise
 
 
 def make(folder: Path, shape: dict[str, int]) -> None:
@@ -32,4 +36,7 @@ def make(folder: Path, shape: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
+    supervise.die_with_parent()
+    if os.getppid() != int(sys.argv[3]):
+        sys.exit("the process that wanted this checkpoint has ended")
     make(Path(sys.argv[1]), json.loads(sys.argv[2]))
