@@ -1,10 +1,13 @@
 """Where a difference in KV capacity comes from, term by term along the engine's law.
 
-    KV = fraction x (free - transient), so that with f = fraction
-    dKV = f (dfree - dtransient) + engine,    dfree = dMemTotal - dcache - danonymous - ... + dview + rest
+    KV = fraction x (free - transient + temporary), so that with f = fraction
+    dKV = f (dfree - dtransient + dtemporary) + final_reading + engine
+    dfree = dMemTotal - dcache - danonymous - ... + dview + rest
 
-Every term is in KV bytes. `engine` (final minimum, caps, rounding to blocks) and `rest` (pages in no counter, and whatever
-was not read) close the two sums, so the terms add up to the measured difference exactly, whatever is missing.
+Every term is in KV bytes. `temporary` is the KV cache of TensorRT-LLM's dry run, which is in its peak and given back; engines
+without one have 0. `final_reading` is what the smaller of two readings took: TensorRT-LLM reads free memory again when it builds
+the pool. `engine` (caps, rounding to blocks, and of terms that were printed rounded) and `rest` (pages in no counter, and
+whatever was not read) close the two sums, so the terms add up to the measured difference exactly, whatever is missing.
 
 Which readings speak depends on what ruled the memory view: the host's free memory, a limit, or a device of its own. What
 did not rule has no part in the difference: its terms are 0. Where the two arms were ruled by different things, `view` has it all.
@@ -18,9 +21,12 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from spark_ray.measurements import LAW, LAW_TRT_LLM
+
 from . import statistics
 
-LAW = "(total - peak) x fraction"
+LAWS = (LAW, LAW_TRT_LLM)
+"""Laws along which a difference can be divided; of any other all of it is `rest`."""
 
 TERMS = {
     "memory_total": "total memory",
@@ -39,11 +45,15 @@ TERMS = {
     "weights": "the engine's weights",
     "own_other": "the engine's process beside its weights",
     "activations": "activations (the engine's profiling peak)",
-    "engine": "final minimum, caps and rounding to blocks",
+    "temporary_kv": "the dry run's own KV cache",
+    "final_reading": "final minimum: free memory when the pool was built",
+    "engine": "caps and rounding (to blocks, of printed sizes)",
     "rest": "rest: in no counter, or not read",
 }
 """Terms of a difference in KV bytes, in the order of the law, with words for people."""
 PAGE_CACHE = ("cache_fill", "cache_model", "cache_other")
+OWN = ("activations", "temporary_kv", "final_reading", "engine")
+"""What the engine does, beside what it finds free."""
 
 Ruler = Literal["host", "limit", "device"]
 
@@ -58,7 +68,7 @@ def delta(base: Any, arm: Any, column: str) -> float | None:
 
 
 def law_holds(row: Any) -> bool:
-    return not pd.isna(row["sizing_law"]) and row["sizing_law"] == LAW
+    return not pd.isna(row["sizing_law"]) and row["sizing_law"] in LAWS
 
 
 def ruler(row: Any) -> Ruler | None:
@@ -68,9 +78,11 @@ def ruler(row: Any) -> Ruler | None:
         return "host"
     if view == "cgroup":
         return "host" if known(row["sizing_free_bytes"]) == known(row["sizing_mem_free_bytes"]) else "limit"
-    if view == "cuda":  # unified memory: CUDA's total is MemTotal
-        unified = known(row["sizing_total_bytes"]) == known(row["sizing_mem_total_bytes"])
-        return "host" if unified else "device"
+    if view == "cuda":  # unified memory: CUDA's total is MemTotal, as exactly as it was printed
+        total, all_memory = known(row["sizing_total_bytes"]), known(row["sizing_mem_total_bytes"])
+        if total is None or all_memory is None:
+            return "device"
+        return "host" if abs(total - all_memory) <= (known(row["sizing_resolution_bytes"]) or 0) else "device"
     return None
 
 
@@ -163,6 +175,26 @@ def _free(base: Any, arm: Any, change: float) -> dict[str, float | None]:
     return nothing | _BY_RULER[rulers[0] or "host"](base, arm)
 
 
+def _temporary(row: Any) -> float | None:
+    """The dry run's own cache: a law without it has none."""
+    return known(row["sizing_temporary_kv_bytes"]) if row["sizing_law"] == LAW_TRT_LLM else 0.0
+
+
+def _taken(row: Any) -> float | None:
+    """What the second reading took from what the first and the user's caps allowed; None where it was not said."""
+    if row["sizing_law"] != LAW_TRT_LLM:
+        return 0.0
+    first, second = known(row["sizing_available_bytes"]), known(row["sizing_final_available_bytes"])
+    if first is None or second is None:
+        return None
+    capped = known(row["sizing_estimated_bytes"])
+    return max(0.0, (first if capped is None else min(first, capped)) - second)
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
 def decompose(base: Any, arm: Any) -> dict[str, float | None]:
     """Terms of KV(arm) - KV(base) in bytes; None for what was not read, and is therefore in `rest`."""
     terms: dict[str, float | None] = dict.fromkeys(TERMS)
@@ -174,11 +206,15 @@ def decompose(base: Any, arm: Any) -> dict[str, float | None]:
         return terms | {"rest": kv}
     holders = _free(base, arm, free)
     terms |= {name: None if change is None else fraction * change for name, change in holders.items()}
-    terms |= {"activations": None, "engine": None, "rest": None}
+    own: dict[str, float | None] = dict.fromkeys(OWN)
+    terms |= own | {"rest": None}
     terms["rest"] = fraction * free - sum(value for value in terms.values() if value is not None)
-    terms["activations"] = -fraction * transient
-    terms["engine"] = kv - fraction * (free - transient)
-    return terms
+    temporary, taken = _change(_temporary(base), _temporary(arm)), _change(_taken(base), _taken(arm))
+    own["activations"] = -fraction * transient
+    own["temporary_kv"] = None if temporary is None else fraction * temporary
+    own["final_reading"] = None if taken is None else -taken
+    own["engine"] = kv - fraction * free - sum(value for value in own.values() if value is not None)
+    return terms | own
 
 
 # ---- over blocks ------------------------------------------------------------------------------------------

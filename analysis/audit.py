@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import pandas as pd
+
+from spark_ray.measurements import LAW, LAW_TRT_LLM
 from spark_ray.outcome import ANSWERS, VOID
 from spark_ray.units import MIB, format_bytes
 
 from . import audit_host, statistics
-from .attribution import LAW, column
+from .attribution import OWN, column
 from .findings import SEVERITIES, Evidence, Finding, Severity, names, plural
 from .frames import words
 from .reading import at, text
 
 _SIGNIFICANT = 0.05
 _UNPREDICTED_BYTES = 32 * MIB  # beyond this, something other than page cache speaks
+_WHOLE_BYTES = 2  # products of doubles, cut to whole bytes
 
 
 def _points(change: float) -> str:
@@ -28,6 +32,11 @@ def _points(change: float) -> str:
 def _engine(seen: Evidence) -> Iterator[Finding]:
     if seen.trials["fake"].fillna(False).any() or at(seen.plan, "experiment", "engine", "kind") == "fake":
         yield Finding("grave", "The engine is fake: no engine ran, and its numbers mean nothing.")
+    if seen.trials["engine_is_double"].fillna(False).any():
+        yield Finding(
+            "grave",
+            "The engine is a test double: a stand-in for TensorRT-LLM made the numbers, and they are no measurements.",
+        )
     if seen.trials["simulated"].fillna(False).any():
         yield Finding("grave", "The engine is simulated: capacities come from a formula, not from memory.")
     if seen.trials["probe"].fillna(False).any():
@@ -151,6 +160,41 @@ def _design(seen: Evidence) -> Iterator[Finding]:
         )
 
 
+def _printed_law(seen: Evidence) -> Iterator[Finding]:
+    """TensorRT-LLM's law, whose terms were printed in steps: what is off by more than the steps can explain."""
+    ok = seen.trials[(seen.trials["outcome"] == "ok") & (seen.trials["sizing_law"] == LAW_TRT_LLM)]
+    fraction, step = ok["sizing_fraction"], ok["sizing_resolution_bytes"].fillna(0)
+    available = ok["sizing_available_bytes"]
+    law = fraction * (ok["sizing_total_bytes"] - ok["sizing_peak_bytes"] + ok["sizing_temporary_kv_bytes"])
+    off = (law.clip(lower=0) - available).abs() > (1 + 3 * fraction) / 2 * step + _WHOLE_BYTES
+    if off.any():
+        yield Finding(
+            "doubt",
+            f"The sizing terms that the engine printed do not reproduce its pool size in {plural(int(off.sum()), 'trial')} ({names(ok['trial_id'][off])}): its law is not the one assumed.",
+        )
+    allowed = ok[["sizing_available_bytes", "sizing_estimated_bytes", "sizing_final_available_bytes"]].min(
+        axis=1
+    )
+    block_bytes = ok["kv_block_tokens"] * ok["kv_bytes_per_token"]
+    off = (ok["kv_cache_bytes"] - allowed).abs() > block_bytes + step
+    if off.any():
+        yield Finding(
+            "doubt",
+            f"KV capacity is more than one block off what the engine printed for it in {plural(int(off.sum()), 'trial')} ({names(ok['trial_id'][off])}).",
+        )
+    silent = seen.trials[
+        (seen.trials["outcome"] == "ok")
+        & (seen.trials["engine"] == "tensorrt_llm")
+        & seen.trials["sizing_law"].isna()
+    ]
+    unchecked = pd.concat([ok[law.isna() | available.isna()], silent])
+    if len(unchecked):
+        yield Finding(
+            "note",
+            f"The sizing law could not be checked in {plural(len(unchecked), 'trial')} ({names(unchecked['trial_id'])}): the engine did not print every term.",
+        )
+
+
 def _law(seen: Evidence) -> Iterator[Finding]:
     ok = seen.trials[(seen.trials["outcome"] == "ok") & (seen.trials["sizing_law"] == LAW)]
     block_bytes = ok["kv_block_tokens"] * ok["kv_bytes_per_token"]
@@ -166,7 +210,7 @@ def _law(seen: Evidence) -> Iterator[Finding]:
     rows = seen.pairs[seen.pairs["arm"] == seen.against]
     wide = rows[rows["unpredicted_bytes"].abs() > _UNPREDICTED_BYTES]
     if len(wide):
-        left = wide[[column(name) for name in ("rest", "activations", "engine")]].sum(axis=1).abs().max()
+        left = wide[[column(name) for name in ("rest", *OWN)]].sum(axis=1).abs().max()
         yield Finding(
             "doubt",
             f"In {len(wide)} of {plural(len(rows), 'block')} page cache alone misses the difference by more than "
@@ -196,6 +240,16 @@ def _fingerprint(seen: Evidence) -> Iterator[Finding]:
 
 def findings(seen: Evidence) -> list[Finding]:
     """All reasons, the gravest first, in a fixed order."""
-    checks = (_engine, _completeness, _attempts, *audit_host.CHECKS, _warnings, _design, _law, _fingerprint)
+    checks = (
+        _engine,
+        _completeness,
+        _attempts,
+        *audit_host.CHECKS,
+        _warnings,
+        _design,
+        _printed_law,
+        _law,
+        _fingerprint,
+    )
     found = [finding for check in checks for finding in check(seen)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -54,6 +54,8 @@ _RECORDED = {
     "gpu.driver": ("content", "gpu", "driver"),
     "gpu.exposure": ("content", "gpu", "exposure"),
 }
+_QUANTITIES = ("_s", "_bytes")
+"""Ends of names of what an engine measured about itself in one attempt: no property of an arm."""
 _LISTED = 12  # of many: named in a cell
 
 
@@ -90,7 +92,10 @@ def _properties(record: Record) -> dict[str, str]:
     for key, value in evidence.items() if isinstance(evidence, Mapping) else ():
         if key not in {"libraries", "mounts"}:
             found |= _flat(renamed.get(key, text(key) or ""), value)
-    found |= _flat("engine", at(record, "result", "measurements", "engine"))
+    engine = at(record, "result", "measurements", "engine")
+    for key, value in engine.items() if isinstance(engine, Mapping) else ():
+        if not str(key).endswith(_QUANTITIES):
+            found |= _flat(f"engine.{text(str(key))}", value)
     for name, path in _RECORDED.items():
         found |= _flat(name, at(record, *path))
     return {name: _placed(value, run) for name, value in found.items()}

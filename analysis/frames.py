@@ -19,6 +19,7 @@ from spark_ray.units import format_bytes
 from . import gpu, host, sizing
 from .reading import COUNT, FLAG, NUMBER, READ, TEXT, Record, at, count, number, observations, pick, text
 
+_LATENCY = ("result", "measurements", "throughput", "latency")
 TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": (TEXT, ("run",)),
     "block_id": (TEXT, ("block_id",)),
@@ -56,12 +57,24 @@ TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "sizing_transient_bytes": (COUNT, ("result", "measurements", "sizing", "transient_bytes")),
     "sizing_peak_bytes": (COUNT, ("result", "measurements", "sizing", "peak_bytes")),
     "sizing_available_bytes": (COUNT, ("result", "measurements", "sizing", "available_bytes")),
+    "sizing_temporary_kv_bytes": (COUNT, ("result", "measurements", "sizing", "temporary_kv_bytes")),
+    "sizing_final_available_bytes": (COUNT, ("result", "measurements", "sizing", "final_available_bytes")),
+    "sizing_estimated_bytes": (COUNT, ("result", "measurements", "sizing", "terms", "estimated_bytes")),
+    "sizing_outside_bytes": (COUNT, ("result", "measurements", "sizing", "terms", "outside_bytes")),
+    "sizing_resolution_bytes": (COUNT, ("result", "measurements", "sizing", "resolution_bytes")),
+    "sizing_law_residual_bytes": (COUNT, ("result", "measurements", "sizing", "law_residual_bytes")),
+    "sizing_read_from": (TEXT, ("result", "measurements", "sizing", "read_from")),
     "cgroup_limit_bytes": (COUNT, ("result", "measurements", "sizing", "cgroup_limit_bytes")),
     "cgroup_charged_bytes": (COUNT, ("result", "measurements", "sizing", "cgroup_charged_bytes")),
     "output_throughput_tokens_per_s": (
         NUMBER,
         ("result", "measurements", "throughput", "output_throughput_tokens_per_s"),
     ),
+    "first_token_p50_s": (NUMBER, (*_LATENCY, "first_token", "p50_s")),
+    "first_token_p99_s": (NUMBER, (*_LATENCY, "first_token", "p99_s")),
+    "inter_token_p50_s": (NUMBER, (*_LATENCY, "inter_token", "p50_s")),
+    "inter_token_p99_s": (NUMBER, (*_LATENCY, "inter_token", "p99_s")),
+    "matmul_flop_per_s": (NUMBER, ("result", "measurements", "matmul", "median_flop_per_s")),
     "fill_resident_bytes": (COUNT, ("host", "at_sizing", "fill_resident_bytes")),
     "exit_code": (COUNT, ("host", "exit_code")),
     "oom_kills": (COUNT, ("host", "oom_kills")),
@@ -74,7 +87,7 @@ TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "lowest_mem_available_bytes": (COUNT, ("host", "samples", "lowest_mem_available_bytes")),
 }
 _TRIAL_DERIVED = {
-    "block_index": COUNT, "treatment": TEXT, "setup": TEXT, "fake": FLAG, "simulated": FLAG, "probe": FLAG,
+    "block_index": COUNT, "treatment": TEXT, "setup": TEXT, "fake": FLAG, "simulated": FLAG, "probe": FLAG, "engine_is_double": FLAG,
     "sizing_per_cpu_free_bytes": COUNT, "sizing_own_anon_bytes": COUNT, "sizing_other_anon_bytes": COUNT,
     "peak_memory_bytes": COUNT, "peak_memory_source": TEXT, "cgroup_peak_bytes": COUNT, "swap_used_bytes": COUNT,
     "mem_total_change_bytes": COUNT, "outside_readable": FLAG,
@@ -187,6 +200,8 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
         "fake": at(record, "engine", "kind") == "fake" or at(record, "result", "measurements", "engine", "fake") is True,
         "simulated": at(record, "engine", "kind") == "simulated",
         "probe": at(record, "engine", "kind") == "probe",
+        "engine_is_double": at(record, "engine", "double") is not None
+        or at(record, "result", "measurements", "engine", "engine_is_double") is True,
         **{f"sizing_{name}": value for name, value in memory.items()},
         "sizing_per_cpu_free_bytes": count(at(seen, "per_cpu_free_bytes")) if lists is None else lists,
         "sizing_own_anon_bytes": own,

@@ -43,6 +43,12 @@ class Analysis:
         return self.trials[self.trials["standing"] == "counts"]
 
     @property
+    def is_double(self) -> bool:
+        """Whether a test double stood in for the engine's library, in any attempt or by plan."""
+        planned = at(self.plan, "experiment", "engine", "double") is not None
+        return planned or bool(self.trials["engine_is_double"].fillna(False).any())
+
+    @property
     def noise_floor(self) -> float | None:
         """Outer end of the interval of an arm that equals the baseline in everything; None where the run has none."""
         return noise.floor(list(self.twins))
@@ -90,6 +96,8 @@ def verdict_of(found: Analysis) -> str:
     first = ""
     if found.trials["fake"].fillna(False).any() or at(found.plan, "experiment", "engine", "kind") == "fake":
         first = "NOT A MEASUREMENT: the engine is fake and its numbers mean nothing. "
+    elif found.is_double:
+        first = "DOUBLE: a stand-in for TensorRT-LLM, no engine ran; its numbers are no measurements. "
     elif found.trials["simulated"].fillna(False).any():
         first = "SIMULATED: no engine ran, capacities come from a formula. "
     elif (

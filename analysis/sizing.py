@@ -44,13 +44,18 @@ def at_sizing(record: Record, side: str) -> Mapping[str, Any] | None:
 
 
 def reading(record: Record) -> Any:
-    """The /proc/meminfo that the engine sized by; on unified memory, where CUDA answered, the worker's of that phase."""
+    """The /proc/meminfo that the engine sized by; on unified memory, where CUDA answered, the worker's of that phase.
+
+    Memory is unified where CUDA's total is MemTotal, as exactly as the engine printed it.
+    """
     sizing = at(record, "result", "measurements", "sizing")
     info = at(sizing, "meminfo")
     if info is None and at(sizing, "view") == "cuda":
         seen = at(at_sizing(record, "inside"), "meminfo")
-        total = count(at(sizing, "total_bytes"))
-        return seen if total is not None and total == at(seen, "MemTotal") else None
+        total, all_memory = count(at(sizing, "total_bytes")), count(at(seen, "MemTotal"))
+        if total is None or all_memory is None:
+            return None
+        return seen if abs(total - all_memory) <= (count(at(sizing, "resolution_bytes")) or 0) else None
     return info
 
 

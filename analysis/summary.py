@@ -76,6 +76,7 @@ def summarise(found: Analysis) -> dict[str, Any]:
         "spark_ray_version": text(at(found.plan, "spark_ray_version")),
         "created_at": text(at(found.plan, "created_at")),
         "verdict": verdict_of(found),
+        "engine_is_double": found.is_double,
         "baseline": found.baseline,
         "against": found.against,
         "noise_floor": found.noise_floor,

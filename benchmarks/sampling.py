@@ -126,7 +126,10 @@ def lines_of(sampled: Sequence[Window], ratios: Sequence[float]) -> list[str]:
         return [*lines, f"{said}; nothing can be said from one pair"]
     bounds = f"(mean {100 * (found.mean or 0):+.2f}, 95 %: {100 * found.low:+.2f} to {100 * found.high:+.2f})"
     verdict = "met" if p < ALPHA else "NOT met"
-    return [*lines, f"{said} {bounds}, equivalent within {100 * MARGIN:.0f} %: signed-rank TOST p {p:.3g}: {verdict}"]
+    return [
+        *lines,
+        f"{said} {bounds}, equivalent within {100 * MARGIN:.0f} %: signed-rank TOST p {p:.3g}: {verdict}",
+    ]
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from .conditions import Limits
 from .environments import EnvironmentSpec, Site
 from .guard import Guard
 from .guest import Ended, EnvironmentLostError, Guest
+from .plausible import Reference
 from .treatments import Treatments
 from .watchdog import Watchdog
 from .worker import evidence, observe, protocol
@@ -38,6 +39,7 @@ class Job:
     limits: Limits
     bundle_sha256: str
     seed: int
+    reference: Reference | None = None  # what its measurements are held against; None: no model is loaded
 
 
 @dataclass

@@ -5,17 +5,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
+from typing import IO
 
 import click
 from click.shell_completion import get_completion_class
 from rich.console import Console
 
-from . import __version__, config, content, explain, image, rootfs, running, several, sweep
+from . import (
+    __version__,
+    config,
+    content,
+    explain,
+    image,
+    pin,
+    rootfs,
+    rootfs_check,
+    rootfs_image,
+    running,
+    selftest,
+    several,
+    spark_check,
+    sweep,
+)
 from . import doctor as diagnose
 from . import reap as reaper
 from .completion import FOLDER, YAML
-from .errors import EXIT_OK, EXIT_UNAVAILABLE, UnavailableError
+from .diagnose import explain_all
+from .errors import EXIT_OK, EXIT_UNAVAILABLE, InputError, UnavailableError
 from .store import Store
 from .terminal import show_checks, show_overview, show_standing, show_summary
 from .units import format_bytes
@@ -37,12 +55,17 @@ command.add_command(sweep.command, "sweep")
 )
 @click.option("--cluster", type=YAML, help="Cluster file whose slots the plan counts.")
 @sweep.ALLOW_ROOT
+@sweep.DOUBLE
 def plan(
-    experiment: Path, overrides: tuple[str, ...], cluster: Path | None, allow_roots: tuple[Path, ...]
+    experiment: Path,
+    overrides: tuple[str, ...],
+    cluster: Path | None,
+    allow_roots: tuple[Path, ...],
+    double_folder: Path | None,
 ) -> int:
     """Print everything a sweep would do, and do nothing."""
     options = running.Options(plan=True, cluster=cluster, allow_roots=allow_roots)
-    return running.run(experiment, overrides, options)
+    return running.run(experiment, sweep.rehearsed(experiment, double_folder) + overrides, options)
 
 
 @command.command()
@@ -111,14 +134,20 @@ def schema() -> None:
 
 @command.command()
 @click.argument("experiment", type=YAML, required=False)
+@click.option("--spark", is_flag=True, help="What docs/spark.md expects of a DGX Spark, on one page.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @sweep.ALLOW_ROOT
-def doctor(experiment: Path | None, as_json: bool, allow_roots: tuple[Path, ...]) -> int:
+def doctor(experiment: Path | None, spark: bool, as_json: bool, allow_roots: tuple[Path, ...]) -> int:
     """What this host has and lacks, each with the mend; for EXPERIMENT, only what it needs. Exit 3 if something is missing."""
+    if spark and experiment:
+        raise click.UsageError("--spark is about the host: choose it or an EXPERIMENT")
     wanted = config.load_experiment(experiment, (), allow_roots).experiment if experiment else None
     progress = Console(stderr=True)
     say = functools.partial(progress.print, style="dim", soft_wrap=True)
-    found = list(diagnose.checks(wanted, Path("runs").absolute(), say))
+    if spark:
+        found = list(spark_check.checks(spark_check.look(Path.cwd())))
+    else:
+        found = list(diagnose.checks(wanted, Path("runs").absolute(), say))
     if as_json:
         versions = diagnose.environment_summary()
         click.echo(
@@ -127,6 +156,36 @@ def doctor(experiment: Path | None, as_json: bool, allow_roots: tuple[Path, ...]
     else:
         show_checks(Console(), [check.as_dict() for check in found])
     return EXIT_UNAVAILABLE if diagnose.worst(found) == "missing" else EXIT_OK
+
+
+@command.command("selftest")
+@click.option(
+    "--engine",
+    type=click.Choice(["tensorrt_llm"]),
+    help="Also this engine, once in a chroot and once in Docker (with --model).",
+)
+@click.option("--model", type=FOLDER, help="Folder of the checkpoint for --engine.")
+@click.option("--double", type=FOLDER, help="A stand-in for the engine's library, for a rehearsal.")
+@click.option(
+    "--blocks", type=click.IntRange(min=1), default=4, show_default=True, help="Blocks of each probe run."
+)
+def selftest_command(engine: str | None, model: Path | None, double: Path | None, blocks: int) -> None:
+    """Test in minutes what the tool takes for granted of this host, and print a block to paste into an issue.
+
+    The page cache is dropped if this user may; nothing else of the host changes. In the block are versions, counters and
+    findings: no path of yours, no name of the machine, no variable.
+    """
+    if (engine is None) != (model is None):
+        raise click.UsageError("--engine and --model go together")
+    options = selftest.Options(
+        blocks=blocks,
+        model=str(model.absolute()) if model else None,
+        double=str(double.absolute()) if double else None,
+    )
+    progress = Console(stderr=True)
+    click.echo(
+        selftest.run(options, Path.cwd(), functools.partial(progress.print, style="dim", soft_wrap=True))
+    )
 
 
 @command.command()
@@ -171,6 +230,10 @@ def rootfs_group() -> None:
 
 def _describe(tree: rootfs.Rootfs) -> None:
     click.echo(f"rootfs  {tree.path}\nsha256  {tree.sha256}\npython  {tree.python}")
+    if tree.image_id:
+        click.echo(
+            f"image   {tree.origin}\nid      {tree.image_id}\nstarts  {' '.join(tree.entrypoint) or 'without an entrypoint'}"
+        )
     for mount in tree.mounts:
         click.echo(f"bind    {mount.source}{' (read-only)' if mount.read_only else ''}")
 
@@ -199,17 +262,20 @@ def rootfs_extract(reference: str, folder: Path) -> None:
     client = image.connect()
     try:
         with console.status("extracting") as shown:
-            tree = rootfs.extract(
+            tree = rootfs_image.extract(
                 client, reference, folder, lambda done: shown.update(f"extracting {format_bytes(done)}")
             )
     finally:
         client.close()
     _describe(tree)
+    for seen in rootfs_check.look(tree):
+        if seen.status != "ok":
+            click.echo(f"{seen.status:7} {seen.found} (mend: {seen.mend})")
 
 
 @command.group("image")
 def image_group() -> None:
-    """Docker images made from a rootfs."""
+    """Docker images: made from a rootfs, or a vendor's."""
 
 
 @image_group.command("build")
@@ -224,6 +290,71 @@ def image_build(folder: Path | None, tag: str | None) -> None:
     finally:
         client.close()
     click.echo(f"image   {made.reference}\nid      {made.id}\nrootfs  {made.rootfs_sha256}")
+
+
+@image_group.command("pull")
+@click.argument("reference", metavar="IMAGE")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def image_pull(reference: str, yes: bool) -> None:
+    """Fetch IMAGE from its registry, after asking. Nothing else here ever does."""
+    registry = image.registry_of(reference)
+    click.echo(
+        f"{reference} would be fetched from {registry}. Its size is known there only; a TensorRT-LLM image takes tens of GB.",
+        err=True,
+    )
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InputError("nothing was fetched: nobody is here to say yes", mend="add --yes")
+        if not click.confirm("Fetch it?", err=True):
+            click.echo("nothing was fetched")
+            return
+    console = Console(stderr=True)
+    client = image.connect()
+    try:
+        with console.status("fetching") as shown:
+            found = image.pull(client, reference, lambda done: shown.update(f"fetching {format_bytes(done)}"))
+    finally:
+        client.close()
+    click.echo(
+        f"image   {found.image.reference}\nid      {found.image.id}\nsize    {format_bytes(found.size_bytes)}"
+    )
+    for digest in found.digests:
+        click.echo(f"digest  {digest}")
+
+
+@image_group.command("pin")
+@click.argument("what", metavar="EXPERIMENT|IMAGE")
+@click.option("--write", is_flag=True, help="Put the digests into the file EXPERIMENT.")
+def image_pin(what: str, write: bool) -> None:
+    """Print the digest that the Docker engine recorded for IMAGE, or for each image that EXPERIMENT names."""
+    path = pin.experiment_in(what)
+    if write and path is None:
+        raise click.UsageError("--write needs an EXPERIMENT, a YAML file")
+    client = image.connect()
+    try:
+        found = pin.look_up(client, pin.images_of(pin.load(path)) if path else [what])
+    finally:
+        client.close()
+    for reference, name in found.items():
+        click.echo(name if path is None else f"{reference}  {name}")
+    if path is not None and not found:
+        click.echo("no docker arm names an image")
+    if write and path is not None:
+        pin.write(path, found)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------
+
+
+@command.command("explain-error")
+@click.argument("file", type=click.File("r", errors="replace"))
+def explain_error(file: IO[str]) -> None:
+    """Say what the known errors in FILE (a log, or - for standard input) mean, and what mends them."""
+    found = explain_all(file.read())
+    for each in found:
+        click.echo(f"{each.name}\n  it means: {each.what}\n  mend: {each.mend}")
+    if not found:
+        click.echo("no known error in it")
 
 
 def main(arguments: list[str] | None = None) -> int:

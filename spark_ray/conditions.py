@@ -39,7 +39,8 @@ class Treatment(Spec):
     )
     per_cpu_pages: Literal["as_is", "drained"] | None = Field(
         default=None,
-        description="free pages held in per-CPU lists, invisible to MemFree; default: drained as root, else as_is. "
+        description="free pages held in per-CPU lists, invisible to MemFree; default: drained as root where the "
+        "engine waits for the host (TensorRT-LLM: worker single_process only), else as_is. "
         "drained: before the start, and again right before the engine reads free memory",
     )
     compile_cache: Literal["cold", "warm"] = Field(

@@ -25,7 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 from . import roots
-from .cluster import Cluster, Node
+from .cluster import Cluster, Node, memory_bandwidth
 from .errors import InputError
 from .experiment import Experiment
 from .explain import KeyPath, at, explain_all, json_schema, printable, shorten, show
@@ -75,8 +75,9 @@ def load_experiment(
 def _paths(document: Document) -> Iterator[KeyPath]:
     """The keys whose value is a folder."""
     arms = document.at("arms")
-    rootfs = [("arms", arm, "environment", "rootfs") for arm in arms] if isinstance(arms, dict) else []
-    for path in [("model", "path"), *rootfs]:
+    places = (("environment", "rootfs"), ("engine", "double"))
+    of_arms = [("arms", arm, *place) for arm in arms for place in places] if isinstance(arms, dict) else []
+    for path in [("model", "path"), ("engine", "double"), *of_arms]:
         value = document.at(*path)
         if isinstance(value, str) and (path[-1], value) != ("rootfs", "host"):
             yield path
@@ -329,6 +330,13 @@ def _sentence(place: Place, path: KeyPath, message: str) -> str:
     return f"{place.where}: {keys}: {message}" if keys else f"{place.where}: {message}"
 
 
+def load_plain(path: Path) -> Any:
+    """Plain data of a YAML or JSON file that a program wrote."""
+    document = _parse(_read(path), path)
+    document.refuse_problems()
+    return document.data
+
+
 # ---- the cluster file -------------------------------------------------------------------------------------
 
 
@@ -357,12 +365,14 @@ def load_cluster(path: Path) -> Cluster:
     if workers:
         slots = _slots(document, "worker_start_ray_commands")
         nodes += [Node(f"worker-{index}", address, slots) for index, address in enumerate(workers, 1)]
+    key = ("provider", "memory_bandwidth")
+    speed = memory_bandwidth(document.at(*key), lambda why: document.complain(key, why))
     document.refuse_problems()
     if not any(node.slots for node in nodes):
         raise InputError(
             f"{document.source}: no node offers a slot: give ray start --resources='{{\"slot\": 1}}'"
         )
-    return Cluster(name, tuple(nodes))
+    return Cluster(name, tuple(nodes), speed)
 
 
 def _slots(document: Document, key: str) -> int:

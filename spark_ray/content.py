@@ -11,15 +11,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from . import capabilities, driver, guest_podman, image, rootfs, roots
-from .engines import EmbeddedEngine, Model
+from . import capabilities, cdi, driver, guest_podman, image, native_tensorrt_llm, rootfs, rootfs_check, roots
+from .engines import AnyEngine, EmbeddedEngine, Model, TensorRTLLMEngine
 from .environment_spec import (
     ChrootEnvironment,
     DockerEnvironment,
@@ -37,11 +38,17 @@ TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
 _WORKER = Path(__file__).parent / "worker"
 _NO_DRIVER = Problem(
     "no NVIDIA driver here: it takes /dev/nvidia0 and a libcuda.so.1 that the loader finds",
-    "install the driver, or add its folder to LD_LIBRARY_PATH; without a GPU use engine.device: cpu",
+    "install the driver, or add its folder to LD_LIBRARY_PATH; without a GPU use engine.device: cpu (embedded), or "
+    "rehearse with --double (tensorrt_llm)",
 )
 
 
 cache_folder = roots.cache_folder
+
+
+def host_driver() -> driver.Driver | None:
+    """What a guest needs of the NVIDIA driver: as the host's CDI specification says, else as it is found."""
+    return cdi.find() or driver.find()
 
 
 # ---- engine and model -------------------------------------------------------------------------------------
@@ -50,7 +57,7 @@ cache_folder = roots.cache_folder
 def engine_problems(experiment: Experiment) -> list[Problem]:
     """What the engine lacks in this interpreter (which every host-made environment shares)."""
     on_gpu = any(experiment.engine_of(arm).needs_gpu for arm in experiment.arms)
-    problems = [_NO_DRIVER] if on_gpu and driver.find() is None else []
+    problems = [_NO_DRIVER] if on_gpu and host_driver() is None else []
     if not isinstance(experiment.engine, EmbeddedEngine):
         return problems
     mend = "pip install -c constraints.txt 'spark_ray[embedded]'"
@@ -193,6 +200,8 @@ def prepare(spec: EnvironmentSpec, docker_client: Any | None, trees: Trees | Non
             )
         case ChrootEnvironment() | IsolatedEnvironment():
             content = _content(trees.tree(spec.rootfs), trees, spec.python, host=spec.rootfs == "host")
+            if "net" not in getattr(spec, "namespaces", ()):
+                content = replace(content, mounts=(*content.mounts, *_names_of_host()))
             return _with_driver(content) if spec.gpus else content
         case PodmanEnvironment():
             if (lacks := guest_podman.lacking()) is not None:
@@ -213,6 +222,14 @@ def prepare(spec: EnvironmentSpec, docker_client: Any | None, trees: Trees | Non
             return _with_gpu(content, docker_client) if spec.gpus else content
 
 
+_NAMES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
+
+
+def _names_of_host() -> tuple[tuple[str, str, bool], ...]:
+    """The host's name and how it finds others: a container on the host's network has them too, and MPI asks for them."""
+    return tuple((os.path.realpath(name), name, True) for name in _NAMES if Path(name).is_file())
+
+
 def _content(tree: rootfs.Rootfs, trees: Trees, python: str | None, *, host: bool) -> Content:
     return Content(
         python=python or tree.python,
@@ -220,33 +237,52 @@ def _content(tree: rootfs.Rootfs, trees: Trees, python: str | None, *, host: boo
         entrypoint=tree.entrypoint,
         root=str(tree.path),
         mounts=_mounts(tree),
+        image_id=tree.image_id,
         sha256=tree.sha256,
         bound_sha256=trees.bound_sha256(tree.mounts),
     )
 
 
 def _with_gpu(content: Content, docker_client: Any) -> Content:
-    """The GPU for a container: `--gpus` where the daemon has NVIDIA's toolkit, else the driver's files and nodes."""
+    """The GPU for a container: as the daemon gives it, by `--gpus` or by CDI; else the driver's files and nodes."""
     assert content.image_id is not None  # noqa: S101  a container has an image
-    refusal = image.try_flag(docker_client, content.image_id, {"gpus": "all"})
-    if refusal is None or image.no_such_program(refusal):
-        return replace(content, gpu=Gpu("request"))
+    ways: tuple[tuple[Literal["request", "cdi"], str], ...] = (("request", "all"), ("cdi", "cdi"))
+    for exposure, gpus in ways:
+        refusal = image.try_flag(docker_client, content.image_id, {"gpus": gpus})
+        if refusal is None or image.no_such_program(refusal):
+            return replace(content, gpu=Gpu(exposure))
     return _with_driver(content)
 
 
 def _with_driver(content: Content) -> Content:
-    found = driver.find()
+    """The driver's files in one folder, which comes after the image's own paths, as in the loader's order in a container."""
+    found = host_driver()
     if found is None:
         raise UnavailableError(_NO_DRIVER.what, mend=_NO_DRIVER.mend)
-    path = content.variables.get("LD_LIBRARY_PATH")
-    bound = ((source, f"{driver.INSIDE}/{name}", True) for name, source in found.libraries.items())
+    files = found.libraries | found.programs
+    bound = ((source, f"{driver.INSIDE}/{name}", True) for name, source in files.items())
+    libraries = content.variables.get("LD_LIBRARY_PATH")
+    programs = content.variables.get("PATH", DEFAULT_PATH)
     return replace(
         content,
         mounts=(*content.mounts, *bound),
-        variables=content.variables
-        | {"LD_LIBRARY_PATH": f"{driver.INSIDE}:{path}" if path else driver.INSIDE},
-        gpu=Gpu("devices", found.version, found.devices),
+        variables={
+            **content.variables,
+            **found.variables,
+            "LD_LIBRARY_PATH": f"{libraries}:{driver.INSIDE}" if libraries else driver.INSIDE,
+            "PATH": f"{programs}:{driver.INSIDE}",
+        },
+        gpu=Gpu("devices", found.version, found.devices, found.source, found.left_out),
     )
+
+
+def agree(contents: Mapping[str, Content]) -> dict[str, Content]:
+    """The same contents, where an image that a tree here was extracted from has the tree's hash: it is the same content."""
+    known = {each.image_id or "": each.sha256 for each in contents.values() if each.root and each.image_id}
+    return {
+        arm: replace(each, sha256=each.sha256 or known.get(each.image_id or ""))
+        for arm, each in contents.items()
+    }
 
 
 def on_host_tree(spec: EnvironmentSpec) -> bool:
@@ -256,20 +292,47 @@ def on_host_tree(spec: EnvironmentSpec) -> bool:
 
 
 def environment_problems(spec: EnvironmentSpec) -> list[Problem]:
-    """What an environment's own content lacks, where that can be told before any effect."""
-    if getattr(spec, "gpus", None) and driver.find() is None:
-        return [_NO_DRIVER]
+    """What an environment's own content lacks, where that can be told before any effect: all of it at once."""
+    found = [_NO_DRIVER] if getattr(spec, "gpus", None) and host_driver() is None else []
     try:
-        tree = getattr(spec, "rootfs", "host")
-        if tree != "host":
-            rootfs.load_usable(Path(tree))
+        found += [Problem(each.found, each.mend) for each in tree_findings(spec) if each.status == "missing"]
         if isinstance(spec, DockerEnvironment):
-            return _docker_problems(spec)
-        if isinstance(spec, PodmanEnvironment):
-            return guest_podman.refused_flags(spec)
+            found += _docker_problems(spec)
+        if isinstance(spec, PodmanEnvironment) and not found:
+            found += guest_podman.refused_flags(spec)
     except (InputError, UnavailableError) as error:
-        return [Problem(error.message, error.mend or "see docs/troubleshooting.md")]
-    return []
+        found.append(Problem(error.message, error.mend or "see docs/troubleshooting.md"))
+    return found
+
+
+def tree_findings(spec: EnvironmentSpec, module: str | None = None) -> list[rootfs_check.Finding]:
+    """What can be seen in the tree of a vendor's image without starting anything; nothing of a tree made here."""
+    name = getattr(spec, "rootfs", "host")
+    if name == "host":
+        return []
+    tree = rootfs.load_usable(Path(name))
+    return [] if tree.mounts else list(rootfs_check.look(tree, getattr(spec, "python", None), module))
+
+
+def library_of(engine: AnyEngine) -> str | None:
+    """The library that must be in an arm's own environment; None: the host's interpreter has it, or the run brings it."""
+    return "tensorrt_llm" if isinstance(engine, TensorRTLLMEngine) and engine.double is None else None
+
+
+def library_problems(experiment: Experiment, arm: str) -> list[Problem]:
+    """Where the library of the engine is not in an arm's environment, as far as that can be told without starting it."""
+    module, spec = library_of(experiment.engine_of(arm)), experiment.arms[arm].environment
+    if module is None:
+        return []
+    if isinstance(spec, NativeEnvironment) or on_host_tree(spec) or getattr(spec, "root", None) == "host":
+        return list(native_tensorrt_llm.problems())
+    try:
+        found = tree_findings(spec, module)
+    except (InputError, UnavailableError):  # said by `environment_problems`
+        return []
+    return [
+        Problem(each.found, each.mend) for each in found if each.name == module and each.status == "missing"
+    ]
 
 
 def _image_of(spec: DockerEnvironment, client: Any) -> contextlib.AbstractContextManager[str]:

@@ -6,6 +6,7 @@ two native arms always exist.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -72,6 +73,7 @@ def checks(
         yield from _gpu(needed=experiment is not None)
     if experiment is not None:
         yield from _arms(experiment)
+        yield from _trees(experiment)
 
 
 def _required_arms(experiment: Experiment | None) -> dict[str, Arm]:
@@ -341,6 +343,17 @@ def _arms(experiment: Experiment) -> Iterator[Check]:
         found = "; ".join(problem.what for problem in arm.problems)
         mend = "; ".join(dict.fromkeys(problem.mend for problem in arm.problems))
         yield Check(f"arm {arm.name}", "missing" if arm.name in required else "warn", found, mend)
+
+
+def _trees(experiment: Experiment) -> Iterator[Check]:
+    """What can be seen in the trees of vendor images; what is missing in one is said with its arm."""
+    for name, arm in experiment.arms.items():
+        with contextlib.suppress(SparkRayError):
+            for seen in content.tree_findings(
+                arm.environment, content.library_of(experiment.engine_of(name))
+            ):
+                if seen.status != "missing":
+                    yield Check(f"{name}: {seen.name}", seen.status, seen.found, seen.mend)
 
 
 # ---- GPU --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .spec import DurationS, PositiveInt, Seed, SizeBytes, Spec
+from .spec import DurationS, Flag, PositiveInt, Seed, SizeBytes, Spec
 
 MemoryView = Literal["memfree", "memavailable", "cgroup", "engine"]
 
@@ -109,6 +109,62 @@ class ProbeEngine(Spec):
         return self.memory_view == "cuda"
 
 
+class TensorRTLLMEngine(Spec):
+    """TensorRT-LLM's LLM API (PyTorch backend), with every knob pinned that moves the pool."""
+
+    kind: Literal["tensorrt_llm"]
+    max_seq_len: PositiveInt = Field(
+        default=2048, description="tokens one request may hold; the pool must fit at least one"
+    )
+    tokens_per_block: PositiveInt = Field(default=32, description="tokens that one block of the cache holds")
+    kv_dtype: Literal["auto", "fp8", "nvfp4"] = Field(
+        default="auto", description="of the KV cache; auto: what the checkpoint says"
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto",
+        description="dummy: random weights, no weight file is read (and none fills the page cache)",
+    )
+    tensor_parallel_size: PositiveInt = Field(default=1, description="GPUs that share one model")
+    cuda_graphs: Flag = Field(
+        default=True,
+        description="captured for batches up to max_batch_size, padded; they hold memory outside torch",
+    )
+    worker: Literal["mpi", "single_process"] = Field(
+        default="mpi",
+        description="mpi: the engine in a process of its own, as its users have it; single_process: in the worker's own, "
+        "where the pool can be read from the manager itself",
+    )
+    kv_cache_manager: Literal["v1", "v2"] = Field(
+        default="v1", description="decided here, since `auto` differs between versions and models"
+    )
+    kv_cache: SizeBytes | None = Field(
+        default=None,
+        description="pin the pool to these bytes (through max_tokens) instead of mapping what fits",
+    )
+    double: str | None = Field(
+        default=None,
+        description="a folder with a stand-in package tensorrt_llm, for rehearsals and tests; its numbers mean nothing, "
+        "and every record says so",
+    )
+
+    @model_validator(mode="after")
+    def _one_process_one_gpu(self) -> Self:
+        if self.misfit:
+            raise ValueError(self.misfit)
+        return self
+
+    @property
+    def misfit(self) -> str | None:
+        """Why worker does not go with tensor_parallel_size."""
+        if self.worker == "single_process" and self.tensor_parallel_size > 1:
+            return "worker single_process is one process: tensor_parallel_size must be 1"
+        return None
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.double is None
+
+
 class FakeEngine(Spec):
     """No engine at all: allocates, hangs, crashes or exits on command. For tests; its numbers mean nothing."""
 
@@ -137,7 +193,8 @@ class FakeEngine(Spec):
         return None
 
 
-Engine = Annotated[EmbeddedEngine | ProbeEngine | FakeEngine, Field(discriminator="kind")]
+AnyEngine = EmbeddedEngine | ProbeEngine | TensorRTLLMEngine | FakeEngine
+Engine = Annotated[AnyEngine, Field(discriminator="kind")]
 
 
 class RandomLlama(Spec):

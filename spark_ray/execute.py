@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from . import content, digest, image, launch, treatments
+from . import config, content, digest, image, launch, plausible, treatments
 from .divergence import contrast
 from .environment_spec import DockerEnvironment
 from .environments import Content, EnvironmentSpec, Site, docker
@@ -82,8 +82,11 @@ class SlotRunner:
         self._client = image.connect() if wants_docker else None
         try:
             self._model = content.prepare_model(experiment)
+            bandwidth = _memory_bandwidth(folder)
+            self._references = {arm: self._reference(experiment, arm, bandwidth) for arm in arms}
             trees = content.Trees()
-            self._contents = {arm: self._prepare(arm, spec, trees) for arm, spec in specs.items()}
+            made = {arm: self._prepare(arm, spec, trees) for arm, spec in specs.items()}
+            self._contents = content.agree(made)
         except BaseException:
             self._hang_up()
             raise
@@ -139,12 +142,19 @@ class SlotRunner:
                 raise UnavailableError(f"arm {arm}: {refused.what}", mend=refused.mend)
         return made
 
+    def _reference(
+        self, experiment: Experiment, arm: str, bandwidth: float | None
+    ) -> plausible.Reference | None:
+        engine = experiment.engine_of(arm).model_dump(mode="json")
+        loads = engine["kind"] in {"embedded", "tensorrt_llm"}
+        return plausible.reference(self._model, engine, bandwidth) if self._model and loads else None
+
     def _job(self, block: Block, arm: str, attempt: int) -> launch.Job:
         experiment, trial_id = self._experiment, block.trial_id(arm)
         folder = Store(self._folder, None).new_attempt_folder(trial_id, attempt)
         spec = experiment.arms[arm]
         can = self._root.available()[0]
-        treatment = treatments.effective(spec.treatment, can)[0]
+        treatment = treatments.effective(spec.treatment, can, settles=experiment.settles(arm))[0]
         return launch.Job(
             folder=folder,
             trial={
@@ -165,7 +175,14 @@ class SlotRunner:
             limits=experiment.limits,
             bundle_sha256=self._bundle_sha256,
             seed=experiment.seed,
+            reference=self._references[arm],
         )  # fmt: skip
+
+
+def _memory_bandwidth(folder: Path) -> float | None:
+    """Of this node, as the cluster file of the run says."""
+    file = folder / "cluster.yaml"
+    return config.load_cluster(file).memory_bandwidth_bytes_per_s if file.is_file() else None
 
 
 class Drive:

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .conditions import Limits, Treatment
-from .engines import EmbeddedEngine, Engine, FakeEngine, Model, ProbeEngine
+from .engines import AnyEngine, EmbeddedEngine, Engine, Model, TensorRTLLMEngine
 from .environment_spec import Environment
 from .spec import (
     NAME,
@@ -168,12 +168,31 @@ class Prediction(Spec):
 # ---- the rest ---------------------------------------------------------------------------------------------
 
 
+class Matmul(Spec):
+    """A square matrix product, repeated: a load that no engine and no KV cache has a part in."""
+
+    size: PositiveInt = Field(default=10_000, description="rows and columns")
+    runs: PositiveInt = Field(default=10, description="products that are timed, after one that is not")
+
+
 class Workload(Spec):
     """Fixed-length requests after the pool is sized. Zero requests: the KV-only trial."""
 
     requests: int = Field(default=4, ge=0, strict=True, description="requests sent at once; 0: KV only")
     input_tokens: PositiveInt = Field(default=16, description="length of each prompt")
     output_tokens: PositiveInt = Field(default=8, description="tokens generated for each")
+    streaming: Flag = Field(
+        default=False, description="take each token as it comes: time to the first, and between tokens"
+    )
+    tool: Literal["worker", "trtllm_bench"] = Field(
+        default="worker",
+        description="who sends the requests: the worker through the engine's API, or NVIDIA's own trtllm-bench, which "
+        "starts the engine itself (engine tensorrt_llm only)",
+    )
+    matmul: Matmul | None = Field(
+        default=None,
+        description="also time a matrix product, before the engine is there; {} for 10 of 10 000 x 10 000",
+    )
 
 
 class Experiment(Spec):
@@ -201,9 +220,32 @@ class Experiment(Spec):
     @field_validator("model")
     @classmethod
     def _model_for_engine(cls, value: Model | None, info: ValidationInfo) -> Model | None:
-        if value is None and isinstance(info.data.get("engine"), EmbeddedEngine):
-            raise ValueError("engine embedded needs a model: {random_llama: {}} or {path: FOLDER}")
+        engine = info.data.get("engine")
+        if value is None and isinstance(engine, EmbeddedEngine | TensorRTLLMEngine):
+            raise ValueError(
+                f"engine {engine.kind} needs a model: {{random_llama: {{}}}} or {{path: FOLDER}}"
+            )
         return value
+
+    @field_validator("workload")
+    @classmethod
+    def _workload_for_engine(cls, workload: Workload, info: ValidationInfo) -> Workload:
+        engine = info.data.get("engine")
+        if engine is not None:
+            own, streams = isinstance(engine, TensorRTLLMEngine), EmbeddedEngine | TensorRTLLMEngine
+            found = []
+            if workload.tool == "trtllm_bench" and not own:
+                found.append(
+                    problem(f"starts TensorRT-LLM; the engine is {engine.kind}", ("tool",), workload.tool, ())
+                )
+            elif workload.tool == "trtllm_bench" and not workload.requests:
+                found.append(
+                    problem("must be at least 1: trtllm-bench has no KV-only trial", ("requests",), 0, ())
+                )
+            if workload.streaming and not isinstance(engine, streams):
+                found.append(problem(f"engine {engine.kind} generates no tokens", ("streaming",), True, ()))
+            refuse(found)
+        return workload
 
     @field_validator("arms")
     @classmethod
@@ -219,7 +261,7 @@ class Experiment(Spec):
                 if made.misfit
             ]
             blind = [
-                problem("engine.device is cuda: say gpus: all", (name, "environment"), None, ())
+                problem("the engine needs a GPU: say gpus: all", (name, "environment"), None, ())
                 for name, made in engines.items()
                 if made.needs_gpu and not arms[name].environment.sees_gpu
             ]
@@ -295,6 +337,13 @@ class Experiment(Spec):
         baseline, against = self.arms
         return Contrast(baseline=baseline, against=against)
 
-    def engine_of(self, arm: str) -> EmbeddedEngine | ProbeEngine | FakeEngine:
+    def settles(self, arm: str) -> bool:
+        """Whether the arm's engine waits for the host right before it reads free memory."""
+        engine = self.engine_of(arm)
+        if not isinstance(engine, TensorRTLLMEngine):
+            return True
+        return engine.worker == "single_process" and self.workload.tool == "worker"
+
+    def engine_of(self, arm: str) -> AnyEngine:
         """The engine settings of one arm: the common ones with the arm's own on top."""
         return with_own(self.engine, self.arms[arm].engine)

@@ -39,6 +39,17 @@ def read(path: Path, most_bytes: int) -> bytes:
     return data
 
 
+def tail(path: Path, most_bytes: int) -> bytes:
+    """The end of a regular file, of whatever size; else OSError."""
+    _require_file(path.lstat(), path)
+    descriptor = os.open(path, os.O_RDONLY | _SAFELY)
+    with open(descriptor, "rb") as stream:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        _require_file(status, path)
+        stream.seek(max(0, status.st_size - most_bytes))
+        return stream.read(most_bytes)
+
+
 def append(path: Path, data: bytes) -> None:
     """Add to a regular file; where the guest has put something else, nothing is written."""
     try:

@@ -151,6 +151,16 @@ class Watchdog(Part):
     cpu_s: Seconds | None = Field(default=None, description="its CPU time, seconds")
 
 
+class Plausibility(Part):
+    """What was measured, held against what the model that was named and the node allow: model, weights, footprint, throughput."""
+
+    held: list[Word] = Field(description="bounds that were applied and hold")
+    violated: dict[str, str] = Field(
+        description="bounds that do not hold, and how; then the trial has failed"
+    )
+    not_applied: dict[str, str] = Field(description="bounds that could not be applied, and why")
+
+
 class Warming(Part):
     """An execution that is not measured, which filled the compile cache; its files are in `warming/`."""
 

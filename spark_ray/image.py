@@ -1,4 +1,4 @@
-"""The Docker engine's client, and images made from rootfs trees. Nothing here ever pulls."""
+"""The Docker engine's client, images made from rootfs trees, and vendors' images. Only `pull` pulls, when a person has said so."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import docker
+from docker.auth import resolve_repository_name
 from docker.errors import APIError, DockerException, ImageNotFound, InvalidArgument, NotFound
 from docker.types import DeviceRequest, Ulimit
 from docker.utils import parse_repository_tag
@@ -23,6 +24,7 @@ from .rootfs import Rootfs, walk
 
 LABEL = "spark_ray.rootfs_sha256"
 REPOSITORY = "spark_ray/rootfs"
+CDI_GPUS = "nvidia.com/gpu=all"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -43,6 +45,8 @@ class Inspected:
     env: dict[str, str]
     entrypoint: tuple[str, ...]
     cwd: str
+    size_bytes: int
+    digests: tuple[str, ...]  # REPOSITORY@sha256:..., as the registries gave them; none of an image made here
 
 
 # ---- the client -------------------------------------------------------------------------------------------
@@ -59,12 +63,14 @@ def connect(timeout_s: int = 60) -> Any:
 
 
 def host_config(client: Any, settings: dict[str, Any]) -> Any:
-    """Docker's form of container settings: `ulimits` are numbers by name, `gpus` is None or "all"."""
+    """Docker's form of container settings: `ulimits` are numbers by name, `gpus` is None, "all" (--gpus) or "cdi" (--device)."""
     config = {name: value for name, value in settings.items() if name not in {"ulimits", "gpus"}}
     limits = settings.get("ulimits") or {}
     if limits:
         config["ulimits"] = [Ulimit(name=name, soft=value, hard=value) for name, value in limits.items()]
-    if settings.get("gpus"):
+    if settings.get("gpus") == "cdi":
+        config["device_requests"] = [DeviceRequest(driver="cdi", device_ids=[CDI_GPUS])]
+    elif settings.get("gpus"):
         config["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
     return client.api.create_host_config(**config)
 
@@ -210,8 +216,8 @@ def inspect(client: Any, reference: str) -> Inspected:
         found = client.images.get(reference)
     except ImageNotFound:
         raise UnavailableError(
-            f"the Docker engine has no image {reference}; spark_ray never pulls one",
-            mend=f"docker pull {reference}  (by your own hand)",
+            f"the Docker engine has no image {reference}; nothing is pulled without your word",
+            mend=f"spark-ray image pull {reference}",
         ) from None
     except APIError as error:
         raise InputError(f"{reference!r} cannot be an image: {error.explanation}") from None
@@ -222,6 +228,8 @@ def inspect(client: Any, reference: str) -> Inspected:
         env=dict(entry.split("=", 1) for entry in config.get("Env") or () if "=" in entry),
         entrypoint=tuple(config.get("Entrypoint") or ()),
         cwd=config.get("WorkingDir") or "/",
+        size_bytes=int(found.attrs.get("Size") or 0),
+        digests=tuple(found.attrs.get("RepoDigests") or ()),
     )
 
 
@@ -290,3 +298,51 @@ def _padded(path: Path, size: int) -> Iterator[bytes]:
     if left:
         raise InputError(f"{path} became shorter while it was read")
     yield bytes(-size % tarfile.BLOCKSIZE)
+
+
+# ---- registries -------------------------------------------------------------------------------------------
+
+
+def registry_of(reference: str) -> str:
+    """The registry that an image would come from."""
+    try:
+        return str(resolve_repository_name(parse_repository_tag(reference)[0])[0])
+    except DockerException as error:
+        raise InputError(f"{reference!r} cannot be an image: {error}") from None
+
+
+def pull(client: Any, reference: str, progress: Callable[[int], None] = lambda done: None) -> Inspected:  # noqa: ARG005
+    """Fetch an image from its registry, which a person has agreed to. `progress` is told the bytes so far."""
+    registry = registry_of(reference)
+    repository, version = parse_repository_tag(reference)
+    done: dict[str, int] = {}
+    try:
+        for said in client.api.pull(repository, tag=version or "latest", stream=True, decode=True):
+            if "error" in said:
+                raise _no_pull(reference, registry, str(said["error"]))
+            if said.get("status") == "Downloading":
+                layer, detail = str(said.get("id")), said.get("progressDetail") or {}
+                done[layer] = max(done.get(layer, 0), int(detail.get("current") or 0))
+                progress(sum(done.values()))
+    except APIError as error:
+        raise _no_pull(reference, registry, str(error.explanation or error)) from None
+    return inspect(client, reference)
+
+
+def _no_pull(reference: str, registry: str, why: str) -> UnavailableError:
+    refused = any(word in why.lower() for word in ("denied", "unauthorized", "authentication"))
+    mend = f"docker login {registry}" if refused else f"look whether {registry} answers and has {reference}"
+    return UnavailableError(f"{reference} could not be fetched: {why}", mend=mend)
+
+
+def pinned(client: Any, reference: str) -> str:
+    """REPOSITORY@sha256:... of an image that the engine has: the digest that it wrote down when it was pulled, no other."""
+    facts = inspect(client, reference)
+    wanted = resolve_repository_name(parse_repository_tag(reference)[0])
+    for digest in facts.digests:
+        if resolve_repository_name(digest.partition("@")[0]) == wanted:
+            return digest
+    raise UnavailableError(
+        f"the Docker engine knows no digest of {reference}: it was made or loaded here, not pulled from {wanted[0]}",
+        mend=f"spark-ray image pull {reference}",
+    )

@@ -5,6 +5,7 @@ Nothing is decided here but when to begin; what it means is `outcome.derive`'s.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 from . import (
     __version__,
+    diagnose,
     environments,
     footprint,
     gate,
@@ -25,6 +27,7 @@ from . import (
     ledger,
     nvml,
     outcome,
+    plausible,
     receive,
     treatments,
 )
@@ -41,6 +44,7 @@ __all__ = ["Job", "Launcher"]
 
 WARMING = "warming"
 """Folder of the attempt in which an execution that is not measured fills the compile cache."""
+_LOG_TAIL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ class Launcher:
         back = self._wait_until_back(job)
         orchestrator["after"] = footprint.read()
         _clean(job, watch)
-        result, result_error = receive.read_result(job.folder, _asked(job, watch.observations[0]))
+        asked = _asked(job, watch.observations[0])
+        result, result_error = receive.read_result(job.folder, asked)
+        judged = _judge(job, asked, result)
         inside = receive.read_observations(job.folder / "observations.jsonl")
         facts = outcome.Facts(
             result=result,
@@ -114,6 +120,7 @@ class Launcher:
             contradictions=(*watch.contradictions, *_inside_contradictions(job, watch, result)),
             start_error=watch.start_error,
             lost=watch.lost,
+            implausible=judged.first if judged else None,
         )
         times |= {"ended_at": datetime.now(UTC).isoformat()}
         seen = {
@@ -123,6 +130,7 @@ class Launcher:
             "stopped_by": watch.stopped_by, "duration_s": time.monotonic() - started, "samples": watch.samples,
             "guard": watch.guard, "watchdog": watch.watchdog, "back": back.as_dict(), "orchestrator": orchestrator,
             "ledger": ledger.ledgers(inside, watch.observations),
+            "plausibility": judged.as_dict() if judged else None,
         }  # fmt: skip
         guestfiles.write(job.folder / "host.json", json.dumps(seen, allow_nan=False) + "\n")
         return _record(job, start, seen, times, result, inside, outcome.derive(facts))
@@ -240,6 +248,19 @@ def _clean(job: Job, watch: Watch) -> None:
         guestfiles.write(job.folder / "samples.json", json.dumps(watch.series))
 
 
+def _explained(job: Job, result: dict[str, Any] | None, verdict: outcome.Outcome) -> outcome.Outcome:
+    """A failure that ended with a known error says what that means, and what mends it."""
+    if verdict.kind not in {"engine_error", "crashed"}:
+        return verdict
+    log = b""
+    with contextlib.suppress(OSError):
+        log = guestfiles.tail(job.folder / "worker.log", _LOG_TAIL_BYTES)
+    failure = (result["failure"] if result else None) or {}
+    said = (verdict.message, failure.get("traceback") or "", log.decode(errors="replace"))
+    known = next(filter(None, map(diagnose.explain, said)), None)
+    return dataclasses.replace(verdict, message=f"{verdict.message}: {known}") if known else verdict
+
+
 def _record(
     job: Job,
     start: environments.Start,
@@ -264,7 +285,7 @@ def _record(
         "result": result,
         "inside": inside,
         "host": seen,
-        "outcome": verdict.as_dict(),
+        "outcome": _explained(job, result, verdict).as_dict(),
     }
     write_durably(job.folder / RECORD, record)
     return record
@@ -281,6 +302,16 @@ def _inside_contradictions(job: Job, watch: Watch, result: dict[str, Any] | None
         return ["the host could not look at the worker while it lived"]
     inside = result["evidence"]
     return environments.common_contradictions(job.environment, inside, watch.outside, job.bundle_sha256)
+
+
+def _judge(job: Job, asked: Asked, result: dict[str, Any] | None) -> plausible.Findings | None:
+    """What was measured, held against what the model and the node allow; None where there is nothing to hold."""
+    if job.reference is None or result is None:
+        return None
+    held_to = plausible.Asked(
+        job.reference, job.engine, job.trial["configuration"], job.workload, asked.memory_bytes
+    )
+    return plausible.judge(result["measurements"], held_to)
 
 
 def _asked(job: Job, before: dict[str, Any]) -> Asked:

@@ -6,6 +6,7 @@ Sizes are bytes, durations seconds. A field that may be missing was not measured
 
 from __future__ import annotations
 
+import statistics
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,7 +21,9 @@ Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Meminfo = dict[str, Counter]
 
-LAW = "(total - peak) x fraction"  # worker/sizing.py; of a law that is not named here the terms are not checked
+LAW = (
+    "(total - peak) x fraction"  # worker/sizing.py; of a law that is not named here the terms are not checked
+)
 LAW_TRT_LLM = (
     "(total - peak + temporary KV) x fraction"  # worker/tensorrt_llm_law.py; terms as printed: rounded
 )
@@ -122,7 +125,8 @@ class Sizing(Part):
         default=None, description="available_bytes less what the terms give by the law"
     )
     read_from: Word | None = Field(
-        default=None, description="where the terms were read: the engine's log or its objects; null: by the worker itself"
+        default=None,
+        description="where the terms were read: the engine's log or its objects; null: by the worker itself",
     )
     cgroup_limit_bytes: Size | None = Field(
         default=None, description="memory limit of the worker's group; null: none (view cgroup only)"
@@ -189,7 +193,11 @@ class ModelInfo(Part):
     resolution_bytes: Size | None = Field(
         default=None, description="weight_bytes is rounded to this step, as printed by the engine"
     )
-    disk_bytes: Size | None = Field(default=None, description="bytes of the weight files in the model's folder")
+    disk_bytes: Size | None = Field(
+        default=None,
+        description="bytes of all tensors in the weight files of the model's folder, by their headers",
+    )
+    file_bytes: Size | None = Field(default=None, description="size of those files, headers included")
     config_sha256: Sha256 | None = Field(default=None, description="hash of the model's config.json")
     resolved_path: str | None = Field(
         default=None, description="the model's folder with every link followed, as the worker sees it"
@@ -197,18 +205,27 @@ class ModelInfo(Part):
     architecture: Word | None = Field(default=None, description="first of config.json's architectures")
     bytes_per_token: Size | None = Field(
         default=None,
-        description="KV bytes of one token over all layers by config.json; null where its attention is not known here",
+        description="KV bytes of one token on one GPU over all layers, by config.json; null where its attention is not known here",
+    )
+    absent: dict[str, str] | None = Field(
+        default=None, description="what the model's folder does not say, and why"
     )
 
 
 class Spread(Part):
-    """A quantity over many requests or tokens, in seconds."""
+    """A quantity over many requests or tokens, in seconds. A percentile is the smallest value that so many are not above."""
 
     n: Annotated[Size, Field(ge=1)] = Field(description="how many values")
     mean_s: Seconds = Field(description="their mean")
     p50_s: Seconds = Field(description="median")
     p90_s: Seconds = Field(description="90th percentile")
     p99_s: Seconds = Field(description="99th percentile")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.p50_s <= self.p90_s <= self.p99_s:
+            raise ValueError("its percentiles are not in order")
+        return self
 
 
 class Latency(Part):
@@ -217,6 +234,10 @@ class Latency(Part):
     first_token: Spread = Field(description="from sending a request to its first token")
     inter_token: Spread | None = Field(
         default=None, description="between two tokens of one request; null: one token each"
+    )
+    per_output_token: Spread | None = Field(
+        default=None,
+        description="mean time between tokens of each request, over requests: trtllm-bench reports this instead",
     )
 
 
@@ -231,6 +252,13 @@ class Matmul(Part):
         description="of each run, after one that is not counted"
     )
     median_flop_per_s: Seconds = Field(description="2 x size^3 / median duration")
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        law = 2 * self.size**3 / statistics.median(self.durations_s)
+        if abs(self.median_flop_per_s - law) > 1e-6 * law:
+            raise ValueError("median_flop_per_s is not 2 x size^3 / median duration")
+        return self
 
 
 class Throughput(Part):

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import __version__, host
+from . import __version__, double, host
 from .config import LoadedExperiment
 from .errors import RunError
 from .execute import outcome_of
@@ -38,6 +38,7 @@ def begin(
 ) -> Store:
     """A new run: experiment and cluster file verbatim, the worker as it is now, and what was planned."""
     files = {"experiment.yaml": loaded.text}
+    stand_in = double.package_of(loaded.experiment)
     if cluster is not None:
         files["cluster.yaml"] = cluster
     description = {
@@ -54,9 +55,10 @@ def begin(
         "executor": executor,
         "host": host.describe(),
         "bundle_sha256": protocol.package_sha256(WORKER),
+        "double_sha256": double.package_sha256(stand_in) if stand_in else None,
         "protocol_version": protocol.PROTOCOL_VERSION,
     }
-    return Store.create(folder, files, description, worker=WORKER)
+    return Store.create(folder, files, description, worker=WORKER, beside=stand_in)
 
 
 def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
@@ -79,7 +81,10 @@ def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
             f"the run's worker speaks protocol {stored['protocol_version']}, this program {protocol.PROTOCOL_VERSION}",
             mend=f"continue with spark_ray {stored['spark_ray_version']}, which began it",
         )
-    if stored["bundle_sha256"] != protocol.package_sha256(folder / "bundle" / protocol.PACKAGE):
+    stand_in = folder / "bundle" / double.PACKAGE
+    if stored["bundle_sha256"] != protocol.package_sha256(folder / "bundle" / protocol.PACKAGE) or (
+        stored.get("double_sha256") is not None and stored["double_sha256"] != double.package_sha256(stand_in)
+    ):
         raise RunError(f"{folder}/bundle was changed since the run began", mend="start a new run")
     if tuple(stored["arms"]) != plan.executed:
         raise RunError(

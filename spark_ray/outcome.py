@@ -52,6 +52,7 @@ class Facts:
     contradictions: tuple[str, ...] = ()
     start_error: str | None = None
     lost: str | None = None  # what runs the worker did not answer, or no longer
+    implausible: tuple[str, str] | None = None  # (reason, sentence): what was measured is beyond a bound
 
 
 def capacity_problem(measurements: Any) -> str | None:
@@ -128,6 +129,8 @@ def derive(facts: Facts) -> Outcome:
     if facts.result is None or facts.exit_code != 0:
         return _of_exit(facts)
     failure = facts.result["failure"]
+    if facts.implausible is not None and (failure is None or failure["kind"] != "engine_error"):
+        return Outcome("engine_error", *facts.implausible)  # an answer, perhaps, but not about this model
     if failure is not None:
         return Outcome(failure["kind"], failure["reason"], _shown(failure["message"]))
     problem = capacity_problem(facts.result["measurements"])

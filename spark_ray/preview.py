@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import content, environments, guest_podman, image, treatments
+from . import content, double, duration, environments, guest_podman, image, nvml, plausible, treatments
 from .cluster import Cluster
 from .conditions import Fill
 from .environment_spec import ChrootEnvironment, DockerEnvironment, IsolatedEnvironment, PodmanEnvironment
@@ -16,7 +16,7 @@ from .plan import arm_order
 from .rootact import RootActs
 from .search import GP_MEND
 from .search import problems as search_problems
-from .units import GIB, format_bytes
+from .units import format_bytes
 from .worker import observe
 
 
@@ -42,12 +42,17 @@ class Preview:
     problems: tuple[Problem, ...]  # of the engine, the model, the search: nothing can run
     preparations: tuple[str, ...]
     cluster: Cluster
-    trial_s: float | None  # expected, from the YAML or a rule of thumb
+    trial: duration.TrialTime | None  # expected
 
     @property
     def executed(self) -> tuple[str, ...]:
         """Arms that will run, in the order of the YAML."""
         return tuple(arm.name for arm in self.arms if arm.available)
+
+    @property
+    def is_double(self) -> bool:
+        """Whether a stand-in for the engine's library makes the numbers."""
+        return double.package_of(self.experiment) is not None
 
     @property
     def blocks(self) -> int:
@@ -58,35 +63,49 @@ class Preview:
         return sum(node.slots for node in self.cluster.nodes)
 
     @property
-    def expected_s(self) -> float | None:
-        if self.trial_s is None:
-            return None
-        warm = [
-            name for name in self.executed if self.experiment.arms[name].treatment.compile_cache == "warm"
-        ]
+    def counted(self) -> tuple[str, ...]:
+        """Arms that the estimate counts: those that will run, and those without which nothing would."""
+        return tuple(arm.name for arm in self.arms if arm.available or self._is_needed(arm))
+
+    @property
+    def trials(self) -> int:
+        """Executions that the estimate counts, those that fill a warm compile cache among them."""
+        warm = [name for name in self.counted if self.experiment.arms[name].treatment.compile_cache == "warm"]
         warmings = len(warm) * -(-self.blocks // self.experiment.search.repetitions)  # one a configuration
-        return (self.blocks * len(self.executed) + warmings) * self.trial_s / max(1, self.slots)
+        return self.blocks * len(self.counted) + warmings
+
+    @property
+    def expected_s(self) -> float | None:
+        return None if self.trial is None else self.trials * self.trial.total_s / max(1, self.slots)
 
     def first_orders(self, count: int) -> list[tuple[str, ...]]:
         return [
             arm_order(self.executed, index, self.experiment.seed) for index in range(min(count, self.blocks))
         ]
 
-    def refuse_if_impossible(self) -> None:
-        """Raises UnavailableError, before any effect, when what is required is not here."""
-        needed = set(vars(self.experiment.compared).values())
+    def _is_needed(self, arm: ArmPlan) -> bool:
+        return arm.required or arm.name in vars(self.experiment.compared).values()
+
+    def lacking(self) -> str | None:
+        """What is required and not here, in words; None when the experiment can be executed."""
         missing = [f"  {problem}" for problem in self.problems]
         missing += [
             f"  arm {arm.name}: {problem}"
             for arm in self.arms
-            if arm.required or arm.name in needed
+            if self._is_needed(arm)
             for problem in arm.problems
         ]
         if missing:
-            raise UnavailableError("\n".join(["this host lacks what the experiment requires:", *missing]))
+            return "\n".join(["this host lacks what the experiment requires:", *missing])
         if len(self.executed) < 2:
             lacking = [f"  arm {arm.name}: {problem}" for arm in self.arms for problem in arm.problems]
-            raise UnavailableError("\n".join(["fewer than two arms can be executed here:", *lacking]))
+            return "\n".join(["fewer than two arms can be executed here:", *lacking])
+        return None
+
+    def refuse_if_impossible(self) -> None:
+        """Raises UnavailableError, before any effect, when what is required is not here."""
+        if (lacking := self.lacking()) is not None:
+            raise UnavailableError(lacking)
 
 
 def probe(experiment: Experiment) -> Offer:
@@ -125,16 +144,29 @@ def _isolation(experiment: Experiment) -> dict[str, str]:
 
 
 def preview(experiment: Experiment, cluster: Cluster, offer: Offer) -> Preview:
-    problems = [*content.engine_problems(experiment), *content.model_problems(experiment.model)]
+    problems = [*double.problems(experiment), *content.engine_problems(experiment)]
+    problems += content.model_problems(experiment.model)
     problems += [Problem(text, GP_MEND) for text in search_problems(experiment.search)]
+    problems += _too_large(experiment)
     return Preview(
         experiment=experiment,
         arms=tuple(_arm(experiment, name, offer) for name in experiment.arms),
         problems=tuple(problems),
         preparations=tuple(_preparations(experiment)),
         cluster=cluster,
-        trial_s=experiment.limits.expected_trial or _rule_of_thumb(experiment),
+        trial=duration.of_trial(experiment, observe.meminfo()["MemFree"]),
     )
+
+
+def _too_large(experiment: Experiment) -> list[Problem]:
+    """Weights that cannot be in the memory of this node: those of a cluster are alike."""
+    model, engine = experiment.model, experiment.engine_of(next(iter(experiment.arms)))
+    gpus = nvml.memory_bytes() if engine.needs_gpu else 0  # 0: none of their own, or unified with the host's
+    if model is None or model.path is None or gpus is None:
+        return []
+    total_bytes = gpus or observe.meminfo()["MemTotal"]
+    found = plausible.lacking_memory(Path(model.path), engine.model_dump(mode="json"), total_bytes)
+    return [Problem(*found)] if found else []
 
 
 def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
@@ -142,6 +174,7 @@ def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
     found = list(environments.module_of(arm.environment).problems(arm.environment, offer))
     if not found:
         found += content.environment_problems(arm.environment)
+        found += content.library_problems(experiment, name)
     lacking = treatments.missing(arm.treatment, can)
     if lacking:
         found.append(
@@ -153,7 +186,7 @@ def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
         Problem(what, mend)
         for what, mend in treatments.impossible(arm.treatment, experiment.limits, observe.meminfo())
     ]
-    state, warnings = treatments.effective(arm.treatment, can)
+    state, warnings = treatments.effective(arm.treatment, can, settles=experiment.settles(name))
     what = f"{_environment_words(arm.environment)}; {treatments.words(state)}"
     if arm.engine:
         what += "; " + ", ".join(f"{key}: {value}" for key, value in arm.engine.items())
@@ -196,19 +229,3 @@ def _preparations(experiment: Experiment) -> list[str]:
 def _short(path: Path) -> str:
     home = str(Path.home())
     return str(path).replace(home, "~", 1) if str(path).startswith(home) else str(path)
-
-
-def _rule_of_thumb(experiment: Experiment) -> float | None:
-    """Seconds of one trial: what the engine takes to start and load, and memory is touched at about 2 GiB a second."""
-    start_s = {"embedded": 8.0, "probe": 0.8}.get(experiment.engine.kind)
-    if start_s is None:
-        return None
-    axis = experiment.search.space.memory_fraction
-    middle = (
-        axis
-        if isinstance(axis, float)
-        else (sum(axis) / len(axis) if isinstance(axis, list) else (axis.low + axis.high) / 2)
-    )
-    if getattr(experiment.engine, "pool", None) in {"mapped", "none"}:
-        return start_s
-    return start_s + middle * observe.meminfo()["MemFree"] / (2 * GIB)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
-from .host_view import Gate, Guard, Samples, Wait, Warming, Watchdog
+from .host_view import Gate, Guard, Plausibility, Samples, Wait, Warming, Watchdog
+from .measurements import Part, Seconds, Sha256, Size, Word
 from .observation import Ledger, Observation
 from .outcome import OutcomeKind
-from .measurements import Part, Seconds, Sha256, Size, Word
 from .result import Result
 
 __all__ = ["Observation", "Record", "Result"]
@@ -246,25 +246,43 @@ class HostView(Part):
     orchestrator: Orchestrator | None = Field(
         default=None, description="what this program, its Ray and the container services held themselves"
     )
+    plausibility: Plausibility | None = Field(
+        default=None, description="bounds on what was measured; null: no model is loaded, or no result"
+    )
 
 
 # ---- record.json ------------------------------------------------------------------------------------------
+
+
+class AskedMatmul(Part):
+    size: Size = Field(description="rows and columns")
+    runs: Size = Field(description="products that are timed")
 
 
 class Workload(Part):
     requests: Size = Field(description="requests after the pool is sized; 0: the KV-only trial")
     input_tokens: Size = Field(description="prompt tokens of each request")
     output_tokens: Size = Field(description="tokens asked of each request")
+    streaming: bool = Field(default=False, description="each token is taken as it comes")
+    tool: Literal["worker", "trtllm_bench"] = Field(default="worker", description="who sends the requests")
+    matmul: AskedMatmul | None = Field(default=None, description="the matrix product; null: none")
 
 
 class GpuExposure(Part):
     """How an isolated guest gets the GPU."""
 
-    exposure: Literal["request", "devices"] = Field(
-        description="request: the daemon's own way (--gpus); devices: driver files and device nodes, bound"
+    exposure: Literal["request", "cdi", "devices"] = Field(
+        description="request, cdi: the daemon's own ways (--gpus, --device); devices: driver files and device nodes, bound"
     )
     driver: str | None = Field(description="version of the driver whose files are bound; null: not bound")
     devices: list[str] = Field(description="device nodes given")
+    source: str | None = Field(
+        default=None,
+        description="what said which files: a CDI specification of the host, or files (found by name)",
+    )
+    left_out: list[str] = Field(
+        default_factory=list, description="what that specification asks for as well and was not given"
+    )
 
 
 class ContentView(Part):
@@ -278,7 +296,9 @@ class ContentView(Part):
         description="bound into it: [source, target, read-only]"
     )
     gpu: GpuExposure | None = Field(default=None, description="the GPU; null: the environment asks for none")
-    image_id: str | None = Field(description="image ID (docker)")
+    image_id: str | None = Field(
+        description="image ID (docker; chroot: of the image that the tree was extracted from)"
+    )
     sha256: Sha256 | None = Field(description="content hash of the tree")
     bound_sha256: Sha256 | None = Field(description="content hash of what is bound into it")
 

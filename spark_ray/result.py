@@ -168,6 +168,7 @@ def misfits(result: Result, asked: Asked) -> Iterator[Misfit]:
         result.measurements.kv_cache,
         result.measurements.throughput,
     )
+    yield from _double_misfits(result.measurements, asked.engine)
     fraction = asked.configuration["memory_fraction"]
     if sizing is not None and sizing.fraction not in (None, fraction):
         yield ("measurements", "sizing", "fraction"), f"is {sizing.fraction}, asked was {fraction}"
@@ -182,6 +183,40 @@ def misfits(result: Result, asked: Asked) -> Iterator[Misfit]:
             )
         if work.output_tokens > requests * asked.workload["output_tokens"]:
             yield ("measurements", "throughput", "output_tokens"), f"is {work.output_tokens}, more than asked"
+    yield from _workload_misfits(result.measurements, asked.workload)
+
+
+def _double_misfits(found: Measurements, engine: dict[str, Any]) -> Iterator[Misfit]:
+    """Nothing that a double made may come without its mark, and no real engine bears it."""
+    marked = found.engine is not None and found.engine.engine_is_double is True
+    wanted = engine.get("double") is not None
+    numbers = any((found.engine, found.model, found.sizing, found.kv_cache, found.throughput))
+    if numbers and marked != wanted:
+        said = "is true, engine.double was not set" if marked else "is not true, engine.double was set"
+        yield ("measurements", "engine", "engine_is_double"), said
+
+
+def _workload_misfits(found: Measurements, asked: dict[str, Any]) -> Iterator[Misfit]:
+    work, product = found.throughput, found.matmul
+    if work is not None:
+        tool = asked.get("tool", "worker")
+        if (work.source == "trtllm-bench") != (tool == "trtllm_bench"):
+            yield (
+                ("measurements", "throughput", "source"),
+                f"is {show(work.source)}, workload.tool was {tool}",
+            )
+        if (work.latency is not None) != asked.get("streaming", False):
+            said = "there" if work.latency is not None else "missing"
+            yield ("measurements", "throughput", "latency"), f"is {said}; it goes with workload.streaming"
+    wanted = asked.get("matmul") or {}
+    if product is not None and (product.size, len(product.durations_s)) != (
+        wanted.get("size"),
+        wanted.get("runs"),
+    ):
+        yield (
+            ("measurements", "matmul"),
+            f"is {len(product.durations_s)} of {product.size}, asked was {show(wanted)}",
+        )
 
 
 def _capacity_misfits(kv: KvCache, asked: Asked) -> Iterator[Misfit]:

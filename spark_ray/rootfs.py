@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
 
 from .errors import InputError, UnavailableError
 
@@ -64,6 +62,7 @@ class Rootfs:
     entrypoint: tuple[str, ...]
     origin: str
     cwd: str = "/"
+    image_id: str | None = None  # of the image that it was extracted from
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "path": str(self.path)}, indent=2, sort_keys=True) + "\n"
@@ -71,8 +70,9 @@ class Rootfs:
     @classmethod
     def from_json(cls, text: str) -> Self:
         data = json.loads(text)
-        if not isinstance(data, dict) or data.keys() != {field.name for field in fields(cls)}:
-            raise ValueError(f"it must hold exactly {', '.join(field.name for field in fields(cls))}")
+        needed = {each.name for each in fields(cls) if each.default is MISSING}
+        if not isinstance(data, dict) or not needed <= data.keys() <= {each.name for each in fields(cls)}:
+            raise ValueError(f"it must hold {', '.join(sorted(needed))}")
         data["path"] = Path(data["path"])
         data["mounts"] = tuple(Mount(**mount) for mount in data["mounts"])
         data["entrypoint"] = tuple(data["entrypoint"])
@@ -102,7 +102,8 @@ def load(path: Path) -> Rootfs:
     path = path.resolve()
     if not path.is_dir() or not sidecar(path).is_file():
         raise UnavailableError(
-            f"{path} is no rootfs with its description {sidecar(path)}", mend="spark-ray rootfs build"
+            f"{path} is no rootfs with its description {sidecar(path)}",
+            mend=f"spark-ray rootfs extract IMAGE {path}",
         )
     try:
         rootfs = Rootfs.from_json(sidecar(path).read_text())
@@ -232,7 +233,7 @@ def finish(tree: Path) -> None:
     (tree / ".dockerenv").unlink(missing_ok=True)
 
 
-# ---- from the host, an image or a distribution -------------------------------------------------------
+# ---- from the host or a distribution (from an image: `rootfs_image`) ----------------------------------------
 
 
 def build_host(cache_dir: Path) -> Rootfs:
@@ -249,95 +250,14 @@ def host_mounts() -> tuple[Mount, ...]:
     return mounts()
 
 
-def extract(client: Any, image: str, folder: Path, progress: Callable[[int], None] | None = None) -> Rootfs:
-    """The file system of an image that the engine has, as a tree. `progress` is told the bytes so far."""
-    from .image import inspect  # only who extracts needs the docker package
-
-    folder = _vacant(folder)
-    facts = inspect(client, image)
-    never_run = ["spark_ray never starts this"]
-    container = client.containers.create(
-        facts.image.id, never_run, network_mode="none", labels={"spark_ray.purpose": "extract"}
-    )
-    try:
-        with in_the_making(folder) as making:
-            unpack(container.export(chunk_size=1 << 20), making, progress)
-            finish(making)
-            making.rename(folder)
-    finally:
-        container.remove(force=True, v=True)
-    sha256 = content_sha256(folder)
-    python = _find_python(folder, facts.env.get("PATH", PATH))
-    return save(Rootfs(folder, sha256, (), python, facts.env, facts.entrypoint, image, facts.cwd))
-
-
-def _vacant(folder: Path) -> Path:
+def vacant(folder: Path) -> Path:
     folder = folder.parent.resolve() / folder.name
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise InputError(f"{folder} is in the way", mend="name a new or an empty folder")
     return folder
 
 
-def unpack(chunks: Iterable[bytes], folder: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Unpack a tar stream with owners and modes, without devices, and never outside of `folder`."""
-    folders: list[tuple[Path, tarfile.TarInfo]] = []
-    with tarfile.open(fileobj=_Stream(chunks, progress), mode="r|", errorlevel=2) as archive:
-        archive.extraction_filter = lambda member, _folder: member  # ours is stricter: `_place`
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # or a big image keeps its whole list in memory
-            if (path := _place(folder, member)) is None:
-                continue
-            if member.islnk():
-                os.link(_inside(folder, member.linkname), path, follow_symlinks=False)
-                continue
-            archive.extract(member, folder, set_attrs=not member.isdir(), numeric_owner=True)
-            if member.isdir():
-                folders.append((path, member))
-    for path, member in reversed(folders):  # last, or a read-only folder could not be filled
-        if os.geteuid() == 0:
-            os.chown(path, member.uid, member.gid)
-        path.chmod(member.mode & 0o7777)
-
-
-class _Stream(io.RawIOBase):
-    """Chunks as a file that tarfile can read."""
-
-    def __init__(self, chunks: Iterable[bytes], progress: Callable[[int], None] | None) -> None:
-        self._chunks = filter(None, chunks)
-        self._progress = progress
-        self._done = 0
-
-    def read(self, _size: int = -1, /) -> bytes:
-        chunk = next(self._chunks, b"")
-        self._done += len(chunk)
-        if self._progress is not None and chunk:
-            self._progress(self._done)
-        return chunk
-
-
-def _place(folder: Path, member: tarfile.TarInfo) -> Path | None:
-    """Where a member goes; None when it is left out. Refuses what would follow a link or replace anything."""
-    parts = PurePosixPath(member.name).parts
-    left_out = not parts or (parts[0] in KERNEL_FOLDERS and len(parts) > 1)
-    if left_out or not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
-        return None
-    path = _inside(folder, member.name)
-    if os.path.lexists(path) and (path.is_symlink() or not (member.isdir() and path.is_dir())):
-        raise InputError(f"the archive holds {member.name!r} twice")
-    return path
-
-
-def _inside(folder: Path, name: str) -> Path:
-    parts = PurePosixPath(name).parts
-    path = folder
-    for part in parts:
-        if path.is_symlink() or part in ("/", "//", ".."):
-            raise InputError(f"the archive holds {name!r}, which leads out of the folder")
-        path /= part
-    return path
-
-
-def _find_python(tree: Path, search: str) -> str:
+def find_python(tree: Path, search: str) -> str:
     candidates = (f"{place}/{name}" for place in search.split(":") for name in ("python3", "python"))
     return next((path for path in candidates if os.path.lexists(f"{tree}{path}")), "python3")
 
@@ -346,7 +266,7 @@ def debootstrap(
     folder: Path, suite: str = "bookworm", packages: Sequence[str] = ("python3", "ca-certificates")
 ) -> Rootfs:
     """A minimal Debian or Ubuntu tree from the distribution's own packages, for this machine's architecture."""
-    folder = _vacant(folder)
+    folder = vacant(folder)
     if shutil.which("debootstrap") is None:
         raise UnavailableError(
             "the program debootstrap is not installed", mend="sudo apt-get install debootstrap"
@@ -370,5 +290,5 @@ def debootstrap(
         making.rename(folder)
     sha256 = content_sha256(folder)
     return save(
-        Rootfs(folder, sha256, (), _find_python(folder, PATH), {"PATH": PATH}, (), f"debootstrap:{suite}")
+        Rootfs(folder, sha256, (), find_python(folder, PATH), {"PATH": PATH}, (), f"debootstrap:{suite}")
     )

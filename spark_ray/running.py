@@ -27,7 +27,7 @@ from .execute import Drive, LocalSlots, failed_share
 from .preview import Preview, preview, probe
 from .search import Search
 from .store import PLAN, Store
-from .terminal import Terminal, show_plan, show_summary
+from .terminal import Terminal, show_lacking, show_plan, show_summary
 
 logger = logging.getLogger("spark_ray")
 
@@ -237,7 +237,8 @@ def _drive(
         return "finished"
     console.print(f"preparing {', '.join(arms)} ...", highlight=False)
     slots = _slots(store, planned, options, console)
-    terminal = Terminal(console, experiment.search.blocks, done, len(arms), quiet=options.json)
+    mark = "DOUBLE" if planned.plan.is_double else ""
+    terminal = Terminal(console, experiment.search.blocks, done, len(arms), quiet=options.json, mark=mark)
     try:
         with (
             terminal,
@@ -319,10 +320,11 @@ def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
     """The main job. Returns the exit code; raises SparkRayError for what the user must mend."""
     console = Console(stderr=options.json, highlight=False)
     planned = look(path, overrides, options)
-    show_plan(console, planned.plan, str(planned.folder))
-    planned.plan.refuse_if_impossible()
+    show_plan(console, planned.plan, str(planned.folder), planned.loaded.overrides)
     if options.plan:
+        show_lacking(console, planned.plan)
         return EXIT_OK
+    planned.plan.refuse_if_impossible()
     check_address(options)
     store = begin_or_resume(planned, options)
     try:

@@ -33,7 +33,7 @@ from .running import (
     look,
 )
 from .store import PLAN, Store
-from .terminal import show_overview, show_plan
+from .terminal import show_lacking, show_overview, show_plan
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,12 @@ def run(jobs: list[Job], base: Path, options: Options, continue_with: str) -> in
     base = base.absolute()
     planned = _plan(jobs, base, options)
     for each in planned:
-        show_plan(console, each.plan, str(each.folder))
+        show_plan(console, each.plan, str(each.folder), each.loaded.overrides)
+        if options.plan:
+            show_lacking(console, each.plan)
         console.print()
-    _refuse_if_impossible(planned)
+    if not options.plan:
+        _refuse_if_impossible(planned)
     _refuse_taken(planned, base, options)
     if options.plan:
         return EXIT_OK

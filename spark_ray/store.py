@@ -91,9 +91,17 @@ class Store:
 
     @classmethod
     def create(
-        cls, folder: Path, files: dict[str, str], plan: dict[str, Any], worker: Path | None = None
+        cls,
+        folder: Path,
+        files: dict[str, str],
+        plan: dict[str, Any],
+        worker: Path | None = None,
+        beside: Path | None = None,
     ) -> Store:
-        """A new run: `files` verbatim, `worker` as the bundle; `plan` (plan.json) is written last and makes it a run."""
+        """A new run: `files` verbatim, `worker` as the bundle with the package `beside` it, under its own name.
+
+        `plan` (plan.json) is written last and makes it a run.
+        """
         if (folder / LOCK).exists():
             cls._take_lock(folder).close()  # if it is being driven now, that is what to say
         cls._require_vacant(folder)
@@ -110,6 +118,8 @@ class Store:
                 (folder / name).write_text(text, encoding="utf-8")
             if worker is not None:
                 copy_bundle(worker, folder / "bundle" / protocol.PACKAGE)
+            if beside is not None:
+                copy_bundle(beside, folder / "bundle" / beside.name)
         except OSError as error:
             store.close()
             raise RunError(
@@ -267,6 +277,6 @@ def _clear(folder: Path) -> None:
 
 
 def copy_bundle(source: Path, target: Path) -> None:
-    """The worker package under the name it runs by, compiled; a file that is changed is compiled again."""
+    """A package under the name it runs by, compiled; a file that is changed is compiled again."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     compileall.compile_dir(target, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from . import __version__, several
+from . import __version__, double, several
 from .completion import FOLDER, YAML
 from .errors import DISK_ERRORS, EXIT_INTERRUPTED, EXIT_OK, InputError, RunError, SparkRayError, cannot_write
 from .running import Options, resume_line, run
@@ -20,6 +21,14 @@ ALLOW_ROOT = click.option(
     multiple=True,
     type=FOLDER,
     help="A folder that the YAML may name, beside its own, the current one and the caches.",
+)
+DOUBLE = click.option(
+    "--double",
+    "double_folder",
+    metavar="FOLDER",
+    type=FOLDER,
+    help="A rehearsal: a stand-in for TensorRT-LLM, a small random model, this host's own tree and no GPU. Its numbers "
+    "mean nothing, and every record says so.",
 )
 
 
@@ -56,6 +65,7 @@ ALLOW_ROOT = click.option(
     help="Leave the report out, which takes seconds; spark-ray report RUN makes it later.",
 )
 @ALLOW_ROOT
+@DOUBLE
 @click.option(
     "--json",
     "as_json",
@@ -66,7 +76,7 @@ ALLOW_ROOT = click.option(
 def command(
     experiments: tuple[Path, ...], out: Path | None, address: str | None, cluster: Path | None, local: bool, resume: bool, plan: bool,
     overrides: tuple[str, ...], as_json: bool, seed: int | None, max_blocks: int | None, max_time: str | None, verbose: bool,
-    allow_roots: tuple[Path, ...], no_report: bool,
+    allow_roots: tuple[Path, ...], no_report: bool, double_folder: Path | None,
 ) -> int:  # fmt: skip
     """Execute each EXPERIMENT (a YAML file) as blocks of paired trials, and write its report.
 
@@ -88,13 +98,30 @@ def command(
         report=not no_report,
     )  # fmt: skip
     if len(experiments) == 1:
-        return run(experiments[0], overrides, options)
+        return run(experiments[0], rehearsed(experiments[0], double_folder) + overrides, options)
     if out is None:
         raise InputError(
             f"{len(experiments)} experiments need one folder for their runs", mend="add --out runs/NAME"
         )
-    jobs = [several.Job(path, overrides) for path in experiments]
-    return several.run(jobs, out, options, resume_line(experiments, overrides, options, out.absolute()))
+    jobs = [several.Job(path, rehearsed(path, double_folder) + overrides) for path in experiments]
+    return several.run(jobs, out, options, _resume_line(experiments, overrides, options, out, double_folder))
+
+
+def rehearsed(path: Path, double_folder: Path | None) -> tuple[str, ...]:
+    """The overrides of `--double`; what the user sets comes after them."""
+    return () if double_folder is None else double.overrides(path, double_folder)
+
+
+def _resume_line(
+    experiments: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    options: Options,
+    out: Path,
+    double_folder: Path | None,
+) -> str:
+    """Of several: each has overrides of its own, which only the flag can say again."""
+    line = resume_line(experiments, overrides, options, out.absolute())
+    return line if double_folder is None else f"{line} --double {shlex.quote(str(double_folder))}"
 
 
 def call(function: click.Command, arguments: list[str] | None) -> int:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .errors import EXIT_UNAVAILABLE
 from .plan import Block
 from .preview import Preview
 from .store import BlockState
@@ -21,8 +22,8 @@ from .units import format_bytes, format_duration
 _COLOURS = {"ok": "green", "infeasible": "yellow", "out_of_memory": "yellow"}
 
 
-def show_plan(console: Console, plan: Preview, folder: str) -> None:
-    """Everything that will happen, before it does."""
+def show_plan(console: Console, plan: Preview, folder: str, overrides: Sequence[str] = ()) -> None:
+    """Everything that will happen, before it does; `overrides`: what was said beside the file."""
     experiment = plan.experiment
     console.print(
         Text.assemble(("plan ", "bold"), experiment.name, "  ", (experiment.question, "italic")),
@@ -32,6 +33,8 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
         console.print("[yellow]engine fake: no engine runs; its numbers mean nothing[/yellow]")
     elif experiment.engine.kind == "probe":
         console.print("[yellow]PROBE: the sizing law over real memory; no inference engine runs[/yellow]")
+    if plan.is_double:
+        console.print("[yellow]DOUBLE: a stand-in for TensorRT-LLM; its numbers are no measurements[/yellow]")
     table = Table(box=None, pad_edge=False)
     for heading in ("arm", "what", "here"):
         table.add_column(heading, overflow="fold")
@@ -48,15 +51,13 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
     pair, search = experiment.compared, experiment.search
     lines = [
         f"contrast    1 - KV({pair.against}) / KV({pair.baseline})",
-        f"search      {search.sampler}, {search.blocks} blocks x {len(plan.executed)} arms, {search.repetitions} repetition(s), seed {experiment.seed}",
+        f"search      {search.sampler}, {search.blocks} blocks x {len(plan.counted)} arms, {search.repetitions} repetition(s), seed {experiment.seed}",
         f"slots       {plan.slots} on {', '.join(node.name for node in plan.cluster.nodes)}",
-        (
-            f"time        {'about ' + format_duration(plan.expected_s) if plan.expected_s else 'unknown until the first block'}"
-            f" (a trial is ended after {format_duration(experiment.limits.trial_timeout)})"
-        ),
+        *_time(plan),
         f"folder      {folder}",
     ]
     lines += _orchestrated(plan)
+    lines += [f"set         {override}" for override in overrides]
     lines += [f"first do    {step}" for step in plan.preparations]
     lines += (
         [f"order       {'  |  '.join(' > '.join(order) for order in plan.first_orders(3))} ..."]
@@ -70,6 +71,31 @@ def show_plan(console: Console, plan: Preview, folder: str) -> None:
             console.print(f"warning     {arm.name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for problem in plan.problems:
         console.print(f"missing     {problem}", style="red", soft_wrap=True, markup=False)
+
+
+def show_lacking(console: Console, plan: Preview) -> None:
+    """After a plan alone: what would keep the sweep from being begun here, with each mend."""
+    if (lacking := plan.lacking()) is not None:
+        text = f"\n{lacking}\nthe sweep itself would end here with exit {EXIT_UNAVAILABLE}, before any effect"
+        console.print(text, style="red", soft_wrap=True, markup=False, highlight=False)
+
+
+def _time(plan: Preview) -> list[str]:
+    """How long all of it may take, and of what that is made."""
+    limit = f"a trial is ended after {format_duration(plan.experiment.limits.trial_timeout)}"
+    trial = plan.trial
+    if trial is None or not plan.expected_s:
+        return [f"time        unknown until the first block ({limit})"]
+    of = [
+        f"{name} {format_duration(value)}"
+        for name, value in (("requests", trial.requests_s), ("cooldown", trial.cooldown_s))
+        if value
+    ]
+    parts = f": start {format_duration(trial.start_s)}, {', '.join(of)}" if of else ""
+    return [
+        f"time        about {format_duration(plan.expected_s)} ({limit})",
+        f"            {plan.trials} trials of {format_duration(trial.total_s)}{parts} (estimate: {trial.basis})",
+    ]
 
 
 def _orchestrated(plan: Preview) -> list[str]:
@@ -88,8 +114,12 @@ def _orchestrated(plan: Preview) -> list[str]:
 class Terminal:
     """Listens to the drive and shows it: a live panel on a terminal, else one line per ended trial and block."""
 
-    def __init__(self, console: Console, blocks: int, done: int, arms: int, *, quiet: bool) -> None:
+    def __init__(
+        self, console: Console, blocks: int, done: int, arms: int, *, quiet: bool, mark: str = ""
+    ) -> None:
+        """`mark`: said with every number, where what is measured is no engine."""
         self._console = console
+        self._mark = f"{mark} " if mark else ""
         self._quiet = quiet
         self._lock = threading.Lock()
         self._running: dict[str, str] = {}
@@ -124,7 +154,9 @@ class Terminal:
             counts = (
                 "  ".join(f"{kind} {count}" for kind, count in sorted(self._counts.items())) or "none yet"
             )
-            best = "none yet" if self._best is None else f"{self._best[0]:+.1%} at {self._best[1]}"
+            best = (
+                "none yet" if self._best is None else f"{self._mark}{self._best[0]:+.1%} at {self._best[1]}"
+            )
         lines = Text.assemble(
             ("now      ", "dim"),
             running,
@@ -166,7 +198,7 @@ class Terminal:
             if divergence is not None and (self._best is None or abs(divergence) > abs(self._best[0])):
                 self._best = (divergence, words)
         self._progress.advance(self._task)
-        self._say(f"{state.block.block_id} {_block_end(state, divergence)}  ({words})")
+        self._say(f"{state.block.block_id} {self._mark}{_block_end(state, divergence)}  ({words})")
 
 
 def _block_end(state: BlockState, divergence: float | None) -> str:
@@ -188,7 +220,10 @@ def show_summary(console: Console, summary: Mapping[str, Any], report: str | Non
     """The table at the end: capacity by arm, the contrast with the baseline, what was not ok."""
     baseline = summary["baseline"]
     contrasts = {each["arm"]: each["contrast"]["mean"] for each in summary["contrasts"]}
-    table = Table(title=f"{summary['name']}: KV cache by arm", title_justify="left", box=None, pad_edge=False)
+    mark = "DOUBLE " if summary.get("engine_is_double") else ""
+    table = Table(
+        title=f"{mark}{summary['name']}: KV cache by arm", title_justify="left", box=None, pad_edge=False
+    )
     for heading in ("arm", "ok", "no capacity", "failed", "median KV", "peak memory", "contrast"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in summary["arms"]:

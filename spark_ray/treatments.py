@@ -26,8 +26,13 @@ _WAITING_SHARE = (
 # ---- what is asked for ------------------------------------------------------------------------------------
 
 
-def effective(treatment: Treatment, root_acts: bool) -> tuple[dict[str, Any], list[str]]:
-    """What this user can have of a treatment: (treatment with every key set, warnings)."""
+def effective(
+    treatment: Treatment, root_acts: bool, *, settles: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """What this user can have of a treatment: (treatment with every key set, warnings).
+
+    `settles`: the engine waits for the host right before it reads free memory, so that the lists can be drained then.
+    """
     warnings = []
     cache: object = treatment.page_cache
     if cache is None:
@@ -38,8 +43,13 @@ def effective(treatment: Treatment, root_acts: bool) -> tuple[dict[str, Any], li
             )
     pages = treatment.per_cpu_pages
     if pages is None:
-        pages = "drained" if root_acts else "as_is"
-        if not root_acts:
+        pages = "drained" if root_acts and settles else "as_is"
+        if not settles:
+            warnings.append(
+                "the engine reads free memory in a process that does not wait for the host: per-CPU lists are not "
+                "drained, and what waits in them is a term of the record (engine.worker single_process waits)"
+            )
+        elif not root_acts:
             warnings.append(
                 "per_cpu_pages: drained needs root; freed memory may hide in per-CPU lists for a minute"
             )

@@ -40,6 +40,18 @@ def parse_size_bytes(text: object) -> int:
     return round(_parse(text, _SIZE_UNITS, "size", "2GiB"))
 
 
+def parse_rate_bytes_per_s(text: object) -> float:
+    """Bytes per second of "273GB/s".
+
+    >>> parse_rate_bytes_per_s("273GB/s")
+    273000000000.0
+    """
+    size, slash, second = text.partition("/") if isinstance(text, str) else ("", "", "")
+    if not slash or second.strip() != "s":
+        raise ValueError(f"{text!r} is not a rate: write a size per second, such as 273GB/s")
+    return float(parse_size_bytes(size))
+
+
 def parse_duration_s(text: object) -> float:
     """Seconds of "90s", "5min", "250ms", "2h".
 

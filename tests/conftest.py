@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-TIERS = ("docs", "process", "root", "docker", "podman", "ray", "embedded", "browser", "gpu")
+TIERS = ("docs", "process", "root", "docker", "mpi", "podman", "ray", "embedded", "browser", "gpu")
 _LIBRARIES = {
     "embedded": ("torch", "transformers"),
     "docs": ("sphinx", "myst_parser", "furo", "sphinx_click"),
@@ -32,6 +33,8 @@ def _lack_of(tier: str) -> str | None:
         except UnavailableError as error:
             return error.message
         return None
+    if tier == "mpi":
+        return _no_openmpi()
     if tier == "podman":
         from spark_ray import guest_podman
 
@@ -46,6 +49,16 @@ def _lack_of(tier: str) -> str | None:
     if tier == "browser":
         return None if shutil.which("chromium") or shutil.which("chromium-browser") else "no chromium"
     return None
+
+
+def _no_openmpi() -> str | None:
+    """Debian's own is unpacked into a tree of the tests'; nothing is installed."""
+    if os.geteuid() != 0 or shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return "not root on a Debian or Ubuntu"
+    asked = subprocess.run(
+        ["apt-cache", "show", "-q", "openmpi-bin"], capture_output=True, check=False, timeout=60
+    )
+    return "apt knows no openmpi-bin: apt-get update" if asked.returncode else None
 
 
 def pytest_addoption(parser):

@@ -156,7 +156,7 @@ def test_a_row_says_what_the_record_says():
 
 def test_what_a_record_lacks_is_absent_and_never_zero():
     row = table({"trial_id": "x", "outcome": {"kind": "crashed"}}).iloc[0]
-    known = {"trial_id", "outcome", "standing", "fake", "simulated", "probe", "treatment", "setup"}
+    known = {"trial_id", "outcome", "standing", "fake", "simulated", "probe", "engine_is_double", "treatment", "setup"}  # fmt: skip
     assert [name for name in row.index if name not in known and not pd.isna(row[name])] == []
 
 

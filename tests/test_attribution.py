@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_analysis_frames import KV_BLOCK_BYTES, ONE_BLOCK, compose, record, table, two_gib_of_cache
 
-from analysis import attribution, contrasts, fingerprint, report, sizing, steps, verdict
+from analysis import attribution, audit, contrasts, findings, fingerprint, report, sizing, steps, verdict
 from spark_ray.units import GIB, MIB
 
 FRACTION = ONE_BLOCK.configuration["memory_fraction"]
@@ -247,6 +247,171 @@ def test_another_law_explains_nothing_and_says_so():
     assert terms == {"rest": row["delta_kv_cache_bytes"]}
     pairs = contrasts.pairs(table(base, arm), ("empty", "full"), "empty")
     assert "No term that was read explains it" in verdict.sentence(verdict.comparison(pairs, "full", "empty"))
+
+
+# ---- TensorRT-LLM's law: a dry run with a cache of its own, a second reading, printed terms ---------------
+
+STEP = 10_737_419  # 0.01 GiB, rounded up: how the engine prints
+
+
+def as_printed(size):
+    return round(round(size / GIB, 2) * GIB)
+
+
+def tensorrt_llm(arm="full", *, unread=(), temporary=512, final=None, cap=None, **mib):
+    """The record of `state` as TensorRT-LLM leaves it on unified memory: sizes from its log, meminfo from the worker.
+
+    `temporary`: the dry run's cache, in MiB; `final`: MiB less than the first reading when the pool was built; `cap`: MiB.
+    """
+    found = state(arm, **mib)
+    sized = found["result"]["measurements"]["sizing"]
+    found["inside"][1]["meminfo"] = info = sized.pop("meminfo")
+    for name in ("MemTotal", "MemFree"):
+        info[name] += 3 * MIB  # a total that is no whole number of printed steps
+    total, transient = info["MemTotal"], sized["transient_bytes"]
+    free = info["MemFree"] - temporary * MIB  # the dry run holds its cache
+    info["MemFree"] = free
+    found["host"]["ledger"][0]["driver_bytes"] += temporary * MIB
+    available = (free - transient + temporary * MIB) * FRACTION
+    allowed = [available]
+    terms = {"estimated_bytes": as_printed(available)}
+    if cap is not None:
+        allowed.append(cap * MIB)
+        terms["estimated_bytes"] = as_printed(min(allowed))
+    if final is not None:
+        sized["final_available_bytes"] = int(available - final * MIB)
+        allowed.append(sized["final_available_bytes"])
+    blocks = int(min(allowed)) // KV_BLOCK_BYTES
+    sized |= {
+        "law": attribution.LAW_TRT_LLM, "view": "cuda", "resolution_bytes": STEP, "read_from": "log", "terms": terms,
+        "total_bytes": as_printed(total), "free_bytes": as_printed(free), "transient_bytes": as_printed(transient),
+        "temporary_kv_bytes": as_printed(temporary * MIB), "peak_bytes": as_printed(total - free + transient),
+        "available_bytes": as_printed(available),
+    }  # fmt: skip
+    found["result"]["measurements"]["kv_cache"] |= {"bytes": blocks * KV_BLOCK_BYTES, "blocks": blocks}
+    for path in unread:
+        place = found
+        for key in path[:-1]:
+            place = place.get(key, {})
+        place.pop(path[-1], None)
+    return found
+
+
+PRINTED = [("result", "measurements", "sizing", name) for name in (
+    "temporary_kv_bytes", "final_available_bytes", "available_bytes", "terms", "resolution_bytes", "free_bytes", "law",
+)] + [("inside",), ("host", "ledger"), ("result", "measurements", "model")]  # fmt: skip
+engines = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.integers(0, 900) for name in (*HOST, "nowhere", "activations")},
+        "temporary": st.integers(0, 900),
+        "final": st.integers(-300, 300),
+        "cap": st.integers(1000, 9000),
+        "unread": st.lists(st.sampled_from(PRINTED), max_size=3),
+    },
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(engines, engines)
+def test_printed_terms_add_up_whatever_moves_and_whatever_was_not_read(before, after):
+    row, terms = terms_of(tensorrt_llm("empty", **before), tensorrt_llm(**after))
+    assert sum(terms.values()) == pytest.approx(row["delta_kv_cache_bytes"], abs=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(engines, amounts)
+def test_terms_of_two_laws_add_up(before, after):
+    row, terms = terms_of(tensorrt_llm("empty", **before), state(**after))
+    assert sum(terms.values()) == pytest.approx(row["delta_kv_cache_bytes"], abs=1e-3)
+
+
+@pytest.mark.parametrize("cause", [cause for cause in HOST if cause not in {"weights", "own_other"}])
+def test_on_unified_memory_a_cause_lands_in_its_own_term_though_the_total_was_printed(cause):
+    row, terms = terms_of(tensorrt_llm("empty"), tensorrt_llm(**{cause: 800}))
+    assert terms[cause] == pytest.approx(-FRACTION * 800 * MIB)
+    assert terms[cause] / row["delta_kv_cache_bytes"] >= 0.95
+    assert abs(terms["rest"]) < 1
+    assert abs(terms["view"]) <= STEP
+    assert abs(terms["engine"]) <= KV_BLOCK_BYTES + 3 * STEP
+
+
+def test_the_dry_runs_cache_takes_nothing_since_it_is_given_back():
+    row, terms = terms_of(tensorrt_llm("empty", temporary=100), tensorrt_llm(temporary=900))
+    assert terms["temporary_kv"] == pytest.approx(FRACTION * 800 * MIB, abs=STEP)
+    assert terms["driver"] == pytest.approx(-FRACTION * 800 * MIB)  # it was in use when free memory was read
+    assert abs(row["delta_kv_cache_bytes"]) <= KV_BLOCK_BYTES + 3 * STEP
+
+
+def test_what_the_second_reading_took_is_its_own_term():
+    row, terms = terms_of(tensorrt_llm("empty", final=-100), tensorrt_llm(final=700))
+    assert terms["final_reading"] == pytest.approx(-700 * MIB, abs=STEP)
+    assert terms["final_reading"] / row["delta_kv_cache_bytes"] >= 0.95
+    assert abs(terms["engine"]) <= KV_BLOCK_BYTES + 3 * STEP
+
+
+def test_a_cap_is_the_engines_and_the_second_reading_took_nothing_from_it():
+    row, terms = terms_of(tensorrt_llm("empty", final=100), tensorrt_llm(final=100, cap=2000))
+    assert terms["final_reading"] == pytest.approx(100 * MIB, abs=STEP)
+    assert terms["engine"] == pytest.approx(row["delta_kv_cache_bytes"] - 100 * MIB, abs=3 * STEP)
+
+
+def test_an_unread_second_reading_is_in_the_engines_term_and_not_zero():
+    _, terms = terms_of(tensorrt_llm("empty", final=-100), tensorrt_llm(final=700, unread=[PRINTED[1]]))
+    assert "final_reading" not in terms
+    assert terms["engine"] == pytest.approx(-700 * MIB, abs=KV_BLOCK_BYTES + 3 * STEP)
+
+
+def test_a_device_whose_total_is_not_all_memory_is_a_device():
+    base, arm = tensorrt_llm("empty"), tensorrt_llm(cache_other=900)
+    for each in (base, arm):
+        each["result"]["measurements"]["sizing"]["total_bytes"] += 3 * STEP
+    _, terms = terms_of(base, arm)
+    assert terms["cache_other"] == 0
+    assert sizing.reading(base) is None
+
+
+# ---- the audit of the law ---------------------------------------------------------------------------------
+
+
+def law_findings(**changes):
+    """What the audit says of the law when both records have these values in their sizing (numbers: so much more)."""
+    records = [tensorrt_llm(arm) for arm in ("empty", "full")]
+    for each in records:
+        sized = each["result"]["measurements"]["sizing"]
+        each["engine"] = {"kind": "tensorrt_llm"}
+        for name, value in changes.items():
+            sized[name] = sized[name] + value if isinstance(value, int) else value
+    trials = table(*records)
+    pairs = contrasts.pairs(trials, ("empty", "full"), "empty")
+    seen = findings.Evidence({}, trials, pairs, {}, ("empty", "full"), "empty", "full", 0)
+    said = [each.sentence for each in audit.findings(seen)]
+    return [each for each in said if "sizing" in each or "printed" in each]
+
+
+def test_printed_terms_that_agree_are_no_finding():
+    assert law_findings() == []
+
+
+@pytest.mark.parametrize("name", ["peak_bytes", "total_bytes", "temporary_kv_bytes", "available_bytes"])
+def test_a_printed_term_off_the_law_is_a_finding(name):
+    found = " ".join(law_findings(**{name: 5 * STEP}))
+    assert "The sizing terms that the engine printed do not reproduce its pool size in 2 trials" in found
+
+
+def test_a_pool_off_what_was_printed_for_it_is_a_finding():
+    (found,) = law_findings(terms={"estimated_bytes": GIB})
+    assert "more than one block off what the engine printed for it in 2 trials" in found
+
+
+def test_a_law_that_cannot_be_checked_is_said():
+    (found,) = law_findings(total_bytes=None, free_bytes=None)
+    assert "could not be checked in 2 trials" in found
+
+
+def test_an_engine_that_printed_no_law_at_all_is_said():
+    (found,) = law_findings(law=None)
+    assert "could not be checked in 2 trials" in found
 
 
 # ---- over blocks ------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def load(tmp_path):
 
 def test_the_file_of_the_repository_is_two_sparks_with_a_slot_each():
     cluster = load_cluster(CLUSTER)
-    assert cluster == Cluster("sparks", (Node("head", "192.0.2.10", 1), Node("worker-1", "192.0.2.11", 1)))
+    nodes = (Node("head", "192.0.2.10", 1), Node("worker-1", "192.0.2.11", 1))
+    assert cluster == Cluster("sparks", nodes, memory_bandwidth_bytes_per_s=273e9)
 
 
 def test_ray_accepts_the_file_of_the_repository():

@@ -1,7 +1,6 @@
 """Content made ready on a node: what a killed driver leaves of it."""
 
 import os
-import select
 import signal
 import subprocess
 import sys

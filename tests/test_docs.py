@@ -142,6 +142,14 @@ def understand(words, folder):
             _pip(arguments)
         case ["spark-ray", *_]:
             _parse(cli.command, ["spark-ray", *rest])
+        case ["sudo", *command]:
+            understand(command, folder)
+        case ["apt-get" | "usermod" | "swapoff" | "systemctl" | "nvidia-ctk", *_]:
+            return  # the system's own
+        case ["hf", "download", *_, "--local-dir", _]:
+            pytest.importorskip("huggingface_hub")
+            done = run(str(Path(sys.executable).parent / "hf"), "download", "--help")
+            assert "--local-dir" in done.stdout, done.stderr
         case ["ray", "up" | "down" as verb, file]:
             assert config.load_cluster(ROOT / file).nodes
             pytest.importorskip("ray")

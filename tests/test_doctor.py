@@ -103,7 +103,7 @@ def test_a_missing_image_is_named(tmp_path):
     data["arms"]["a"]["environment"] = {"kind": "docker", "image": "nobody/nothing:0"}
     found = by_name(doctor.checks(Experiment.model_validate(data), tmp_path))
     assert found["image nobody/nothing:0"].status == "missing"
-    assert "docker pull" in found["image nobody/nothing:0"].mend
+    assert "image pull" in found["image nobody/nothing:0"].mend
 
 
 def test_a_broken_model_folder_is_missing(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from helpers import experiment_data, write_yaml
 from pydantic import ValidationError
 
-from spark_ray import content, driver, image, nvml, rootact, rootfs
+from spark_ray import cdi, content, driver, image, nvml, rootact, rootfs
 from spark_ray.environment_spec import ChrootEnvironment, DockerEnvironment
 from spark_ray.environments import Content, Gpu, Site, chroot, docker
 from spark_ray.errors import UnavailableError
@@ -36,6 +36,7 @@ def files(tmp_path, monkeypatch):
     (lib / "libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.580.1")
     (old / "libcuda.so.1").write_bytes(own[:4] + b"\x01" + own[5:])  # 32 bits
     monkeypatch.setenv("LD_LIBRARY_PATH", f"{old}:{lib}::/nowhere")
+    monkeypatch.setattr(cdi, "FOLDERS", ())
     return SimpleNamespace(dev=dev, lib=lib)
 
 
@@ -104,7 +105,7 @@ def test_a_chroot_gets_them_in_a_folder_of_its_own(stand_in, tmp_path):
     mounts = [(mount["source"], mount["target"], mount["read_only"]) for mount in start.enter["mounts"]]
     assert (None, driver.INSIDE, True) in mounts
     assert (stand_in.libraries["libcuda.so.1"], f"{driver.INSIDE}/libcuda.so.1", True) in mounts
-    assert start.enter["env"]["LD_LIBRARY_PATH"] == f"{driver.INSIDE}:/x"
+    assert start.enter["env"]["LD_LIBRARY_PATH"] == f"/x:{driver.INSIDE}"  # the image's own come first
 
 
 @pytest.mark.root
@@ -152,7 +153,8 @@ def test_a_sweep_gives_the_driver_to_chroot_and_container_and_says_how(tmp_path,
         },
     )
     code = (
-        "import dataclasses, sys; from pathlib import Path; from spark_ray import driver, sweep\n"
+        "import dataclasses, sys; from pathlib import Path; from spark_ray import cdi, driver, sweep\n"
+        "cdi.FOLDERS = ()\n"
         f"found = dataclasses.replace(driver.find(Path({str(files.dev)!r})), devices=('/dev/full',))\n"
         "driver.find = lambda: found\n"
         f"sweep.command([{str(path)!r}, '--local', '--out', {str(tmp_path / 'run')!r}])"
@@ -172,12 +174,15 @@ def test_a_sweep_gives_the_driver_to_chroot_and_container_and_says_how(tmp_path,
             "exposure": "devices",
             "driver": "580.1",
             "devices": ["/dev/full"],
+            "source": "files",
+            "left_out": [],
         }
-        seen = record["result"]["evidence"]["environment"]["LD_LIBRARY_PATH"]
-        assert seen.split(":")[0] == driver.INSIDE
+        seen = record["result"]["evidence"]["environment"]
+        assert seen["LD_LIBRARY_PATH"].split(":")[-1] == seen["PATH"].split(":")[-1] == driver.INSIDE
 
 
 def test_without_a_driver_it_is_a_problem_of_the_plan(monkeypatch):
+    monkeypatch.setattr(cdi, "FOLDERS", ())
     monkeypatch.setattr(driver, "find", lambda: None)
     (problem,) = content.environment_problems(ChrootEnvironment(kind="chroot", gpus="all"))
     assert "no NVIDIA driver" in problem.what
@@ -294,6 +299,7 @@ def test_a_view_of_main_memory_does_not_go_with_a_gpu_also_when_an_arm_sets_one_
 
 @pytest.mark.embedded
 def test_one_arm_on_the_gpu_is_enough_to_need_a_driver(monkeypatch):
+    monkeypatch.setattr(cdi, "FOLDERS", ())
     monkeypatch.setattr(driver, "find", lambda: None)
     on_cpu, on_gpu = (Experiment.model_validate(embedded(**own)) for own in ({}, {"device": "cuda"}))
     assert "no NVIDIA driver" not in str(content.engine_problems(on_cpu))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import docker
 import pytest
 
-from spark_ray import image, rootfs
+from spark_ray import image, rootfs, rootfs_image
 from spark_ray.errors import InputError, UnavailableError
 
 pytestmark = pytest.mark.docker
@@ -112,11 +112,11 @@ def test_versions_that_do_not_fit_are_named():
 def test_a_missing_image_is_never_pulled(client, reference, tmp_path):
     for act in (
         lambda: image.inspect(client, reference),
-        lambda: rootfs.extract(client, reference, tmp_path / "new"),
+        lambda: rootfs_image.extract(client, reference, tmp_path / "new"),
     ):
         with pytest.raises(UnavailableError, match=reference) as caught:
             act()
-        assert caught.value.mend == f"docker pull {reference}  (by your own hand)"
+        assert caught.value.mend == f"spark-ray image pull {reference}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +131,7 @@ def test_a_name_that_cannot_be_an_image_is_refused(client):
 def test_there_and_back_is_the_same_content(client, small, tmp_path):
     made = image.build(client, small, f"{TAG}:small")
     seen, before = [], containers(client)
-    back = rootfs.extract(client, made.reference, tmp_path / "back", seen.append)
+    back = rootfs_image.extract(client, made.reference, tmp_path / "back", seen.append)
     assert back.sha256 == small.sha256 == made.rootfs_sha256
     assert (back.env, back.entrypoint, back.cwd) == (small.env, small.entrypoint, small.cwd)
     assert back.python == "/usr/bin/python3"
@@ -178,15 +178,15 @@ def test_a_broken_export_leaves_nothing(client, small, tmp_path, monkeypatch):
     def broken(*_args, **_options):
         raise OSError("disk full")
 
-    monkeypatch.setattr(rootfs, "unpack", broken)
+    monkeypatch.setattr(rootfs_image, "unpack", broken)
     with pytest.raises(OSError, match="disk full"):
-        rootfs.extract(client, made.id, tmp_path / "deep/back")
+        rootfs_image.extract(client, made.id, tmp_path / "deep/back")
     assert list((tmp_path / "deep").iterdir()) == []
     assert containers(client) == before
 
 
 def test_the_host_tree_survives_the_way_back(client, host, made, tmp_path):
-    assert rootfs.extract(client, made.id, tmp_path / "back").sha256 == host.sha256
+    assert rootfs_image.extract(client, made.id, tmp_path / "back").sha256 == host.sha256
 
 
 def test_python_runs_in_a_container(client, host, made):

@@ -12,9 +12,9 @@ from test_launch import ENVIRONMENTS, Bench
 
 from spark_ray import guestfiles, receive
 from spark_ray.experiment import Experiment
+from spark_ray.measurements import LAW, KvCache, Measurements, Sizing
 from spark_ray.outcome import Facts, derive
 from spark_ray.record import Observation, Record
-from spark_ray.measurements import LAW, KvCache, Measurements, Sizing
 from spark_ray.result import Asked, Result
 from spark_ray.store import RECORD, read_record, write_durably
 from spark_ray.worker import sizing

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_ray import content as contents
-from spark_ray import rootact, rootfs, rootfs_host
+from spark_ray import rootact, rootfs, rootfs_host, rootfs_image
 from spark_ray.environment_spec import ChrootEnvironment, NativeEnvironment
 from spark_ray.errors import InputError, UnavailableError
-from spark_ray.rootfs import Mount, Rootfs, bound_sha256, content_sha256, load, save, unpack
+from spark_ray.rootfs import Mount, Rootfs, bound_sha256, content_sha256, load, save
+from spark_ray.rootfs_image import unpack
 
 
 def needs_root(test):
@@ -367,7 +368,7 @@ def test_a_folder_in_the_way_is_refused(tmp_path):
         with pytest.raises(InputError, match="is in the way"):
             rootfs.debootstrap(folder)
         with pytest.raises(InputError, match="is in the way"):
-            rootfs.extract(None, "any", folder)
+            rootfs_image.extract(None, "any", folder)
 
 
 def test_without_debootstrap_the_mend_is_said(tmp_path, monkeypatch):

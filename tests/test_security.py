@@ -16,7 +16,7 @@ from test_launch import ENVIRONMENTS, Bench
 from test_receive import believable
 
 from spark_ray.environment_spec import DockerEnvironment
-from spark_ray.environments import PASSED_VARIABLES, compile_cache_variables
+from spark_ray.environments import MPI_VARIABLES, PASSED_VARIABLES, compile_cache_variables
 from spark_ray.experiment import Experiment
 from spark_ray.store import RECORD, Store, read_record
 from spark_ray.worker import protocol
@@ -159,6 +159,7 @@ def test_no_variable_of_the_caller_reaches_a_guest_but_the_listed_ones(probed):
         *PASSED_VARIABLES,
         *record["content"]["variables"],
         *compile_cache_variables(""),
+        *MPI_VARIABLES,
     } | dockers
     inside = record["result"]["evidence"]["environment"]
     assert set(inside) <= listed

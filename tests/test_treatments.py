@@ -491,3 +491,25 @@ def test_swap_that_appears_is_seen(treater, monkeypatch):
     assert treatments.not_held(state, treater.at_sizing()) is None
     monkeypatch.setattr(observe, "meminfo", lambda: real() | {"SwapTotal": GIB})
     assert "1.00 GiB of swap" in treatments.not_held(state, treater.at_sizing())
+
+
+@pytest.mark.parametrize(
+    ("engine", "workload", "pages"),
+    [
+        ({"kind": "fake"}, {}, "drained"),
+        ({"kind": "tensorrt_llm", "worker": "single_process"}, {}, "drained"),
+        ({"kind": "tensorrt_llm"}, {}, "as_is"),
+        ({"kind": "tensorrt_llm", "worker": "single_process"}, {"tool": "trtllm_bench"}, "as_is"),
+    ],
+)
+def test_lists_are_drained_by_default_only_for_an_engine_that_waits(engine, workload, pages):
+    data = experiment_data() | {
+        "engine": engine | {"double": "double"} if engine["kind"] != "fake" else engine
+    }
+    data |= {"model": {"random_llama": {}}, "workload": workload}
+    experiment = Experiment.model_validate(data)
+    state, warnings = treatments.effective(Treatment(), True, settles=experiment.settles("a"))
+    assert state["per_cpu_pages"] == pages
+    assert any("does not wait" in warning for warning in warnings) == (pages == "as_is")
+    asked = Treatment.model_validate({"per_cpu_pages": "drained"})
+    assert treatments.effective(asked, True, settles=False)[0]["per_cpu_pages"] == "drained"

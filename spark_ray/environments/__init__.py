@@ -36,6 +36,13 @@ RUN_VARIABLE = "SPARK_RAY_RUN"
 PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 """The only variables of the host that reach a worker which uses the host's own libraries."""
 
+_MPI_INTERFACES = "OMPI_MCA_btl_tcp_if_"
+_MPI_REACH = {f"{_MPI_INTERFACES}include": "lo"}
+_MPI_AS_ROOT = dict.fromkeys(
+    [f"{who}_ALLOW_RUN_AS_ROOT{which}" for who in ("OMPI", "PRTE") for which in ("", "_CONFIRM")], "1"
+)
+MPI_VARIABLES = (*_MPI_AS_ROOT, *_MPI_REACH)
+
 EnvironmentSpec = (
     NativeEnvironment | ChrootEnvironment | IsolatedEnvironment | DockerEnvironment | PodmanEnvironment
 )
@@ -69,11 +76,13 @@ class Offer:
 
 @dataclass(frozen=True)
 class Gpu:
-    """How an isolated guest gets the GPU: the daemon's own way (`request`), or the driver's files bound (`devices`)."""
+    """How an isolated guest gets the GPU: the daemon's own ways (`request`: --gpus, `cdi`: --device), or the driver's files bound (`devices`)."""
 
-    exposure: Literal["request", "devices"]
+    exposure: Literal["request", "cdi", "devices"]
     driver: str | None = None  # version, where its files are bound
     devices: tuple[str, ...] = ()
+    source: str | None = None  # where it is written what was bound: "files", or a CDI specification
+    left_out: tuple[str, ...] = ()  # of that specification
 
 
 @dataclass(frozen=True)
@@ -143,12 +152,23 @@ def worker_variables(bundle: str, site: Site, cache: str = CACHE_INSIDE) -> dict
         "HOME": "/tmp",  # noqa: S108  the worker's own; in a container and a chroot it is private
         "LANG": "C.UTF-8",
         **site.content.variables,
+        **mpi_variables(site),
         **(compile_cache_variables(cache) if site.compile_cache else {}),
-        "PYTHONPATH": bundle,
+        "PYTHONPATH": ":".join(filter(None, (bundle, site.content.variables.get("PYTHONPATH")))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "SPARK_RAY_TRIAL": site.label,
         RUN_VARIABLE: site.run_label,
     }
+
+
+def mpi_variables(site: Site) -> dict[str, str]:
+    """What OpenMPI must be told to start a second process on one machine, in every environment alike.
+
+    It refuses root unless told twice (PRTE is the launcher of its version 5). A process that it spawns it reaches by TCP
+    only, and leaves the loopback out by itself: in a container without a network nothing would be left.
+    """
+    chosen = any(name.startswith(_MPI_INTERFACES) for name in site.content.variables)
+    return (_MPI_AS_ROOT if site.uid == 0 else {}) | ({} if chosen else _MPI_REACH)
 
 
 def compile_cache_variables(folder: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from . import (
 
 LABEL_RUN = "spark_ray.run"
 LABEL_TRIAL = "spark_ray.trial"
+_ASKED = {"request": "all", "cdi": "cdi", "devices": None}
 
 
 def problems(spec: DockerEnvironment, offer: Offer) -> list[Problem]:
@@ -35,7 +36,6 @@ def problems(spec: DockerEnvironment, offer: Offer) -> list[Problem]:
 
 def flags(spec: DockerEnvironment, gpu: Gpu | None = None) -> dict[str, Any]:
     """Settings of the container's host side, one key of the YAML a flag; `image.host_config` makes them docker's."""
-    bound = gpu is not None and gpu.exposure == "devices"
     config: dict[str, Any] = {
         "network_mode": spec.network,
         "read_only": spec.read_only,
@@ -43,7 +43,7 @@ def flags(spec: DockerEnvironment, gpu: Gpu | None = None) -> dict[str, Any]:
         "privileged": spec.privileged,
         "auto_remove": False,  # a removed container cannot be asked whether it was killed for memory
         "ulimits": dict(spec.ulimits),
-        "gpus": None if bound else spec.gpus,
+        "gpus": spec.gpus if gpu is None else _ASKED[gpu.exposure],
     }
     if spec.no_new_privileges and not spec.privileged:
         config["security_opt"] = ["no-new-privileges"]
@@ -58,7 +58,7 @@ def flags(spec: DockerEnvironment, gpu: Gpu | None = None) -> dict[str, Any]:
         "cpuset_cpus": spec.cpuset_cpus,
         "cgroup_parent": spec.cgroup_parent,
         "cap_add": list(spec.cap_add) or None,
-        "devices": [f"{node}:{node}:rw" for node in gpu.devices] if gpu and bound else None,
+        "devices": [f"{node}:{node}:rw" for node in gpu.devices] if gpu and gpu.devices else None,
     }
     return config | {name: value for name, value in optional.items() if value is not None}
 

@@ -11,7 +11,12 @@ from typing import Any
 
 from . import evidence, protocol, session, supervise
 
-ENGINES = {"embedded": "engine_embedded", "probe": "engine_probe", "fake": "engine_fake"}
+ENGINES = {
+    "embedded": "engine_embedded",
+    "probe": "engine_probe",
+    "tensorrt_llm": "engine_tensorrt_llm",
+    "fake": "engine_fake",
+}
 
 
 def _trace() -> str | None:
@@ -32,6 +37,11 @@ def _run_engine(talk: session.Session) -> tuple[dict[str, Any], dict[str, Any] |
     """(measurements, failure): whatever the engine measured before it failed is kept."""
     measurements: dict[str, Any] = {}
     try:
+        asked = (talk.request["workload"] or {}).get("matmul")
+        if asked:  # before the engine: it runs in a process of its own, which is gone by then
+            from . import workload
+
+            measurements["matmul"] = workload.matmul(asked)
         engine = importlib.import_module("." + ENGINES[talk.engine["kind"]], __package__)
         engine.run(talk, measurements)
     except session.Infeasible as error:
@@ -45,11 +55,11 @@ def _run_engine(talk: session.Session) -> tuple[dict[str, Any], dict[str, Any] |
     return measurements, None
 
 
-def _work(folder: Path, control: int) -> int:
+def _work(folder: Path, control: int, answers: int) -> int:
     request = protocol.check_fields(
         "request.json", protocol.read_json(folder / "request.json"), protocol.REQUEST_FIELDS
     )
-    talk = session.Session(folder, request, control)
+    talk = session.Session(folder, request, control, answers)
     proof = evidence.gather()
     proof["bundle_sha256"] = protocol.package_sha256(Path(__file__).parent)
     talk.exchange("ready", os.getpid())
@@ -69,6 +79,19 @@ def _work(folder: Path, control: int) -> int:
         },
     )
     return 0
+
+
+def _keep_answers() -> int:
+    """Take the host's answers off standard input: a process that the engine starts inherits that, and may read it.
+
+    Standard input then ends at once. Returns the descriptor of the answers, which nothing inherits.
+    """
+    answers = os.dup(0)
+    nothing, end = os.pipe()
+    os.close(end)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return answers
 
 
 def main(arguments: list[str]) -> int:
@@ -91,7 +114,7 @@ def main(arguments: list[str]) -> int:
         return 128 + signal.SIGHUP
     status = 1
     try:
-        status = _work(folder, control)
+        status = _work(folder, control, _keep_answers())
     except session.HostGone:
         status = 128 + signal.SIGHUP
     except BaseException:  # noqa: BLE001  the log must say why, whatever it was

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import sizing
+from . import identity, sizing, workload
 from .session import Infeasible, OutOfMemory, Session
 
 _MINIMUM_PAGE_TOKENS = 4
@@ -216,18 +216,15 @@ def _capacity(manager: Any, talk: Session, bytes_per_token: int) -> dict[str, An
 
 def _generate(manager: Any, talk: Session, vocabulary: int) -> dict[str, Any]:
     """Fixed-length greedy requests; output tokens are counted, not assumed."""
-    workload = talk.request["workload"]
-    stride = 7919  # a prime: different prompts without a random generator
-    prompts = [
-        [(request * stride + position * 31 + 1) % vocabulary for position in range(workload["input_tokens"])]
-        for request in range(workload["requests"])
-    ]
-    produced, first = 0, None
+    asked = talk.request["workload"]
+    streaming = bool(asked.get("streaming"))
+    prompts = workload.prompts(asked, vocabulary)
+    arrived_s: dict[str, list[float]] = {}  # of each request: when its outputs came
+    produced = finished = 0
     started = time.monotonic()
     manager.start()
     try:
-        manager.add_requests(prompts, max_new_tokens=workload["output_tokens"])
-        finished = 0
+        manager.add_requests(prompts, max_new_tokens=asked["output_tokens"], streaming=streaming)
         while finished < len(prompts):
             output = manager.get_result(timeout=1.0)
             if output is None:
@@ -236,20 +233,25 @@ def _generate(manager: Any, talk: Session, vocabulary: int) -> dict[str, Any]:
                 continue
             if output.error:
                 raise RuntimeError(f"a request failed: {output.error}")
-            first = first or time.monotonic()
+            arrived_s.setdefault(output.request_id, []).append(time.monotonic())
             if output.is_finished():
                 finished += 1
                 produced += len(output.generated_tokens)
         duration = time.monotonic() - started
     finally:
         manager.stop(block=False)  # waiting for the idle thread takes 0.7 s, and this process ends soon
-    return {
+    measured: dict[str, Any] = {
         "requests": len(prompts),
         "input_tokens": sum(map(len, prompts)),
         "output_tokens": produced,
         "duration_s": duration,
         "output_throughput_tokens_per_s": produced / duration,
     }
+    if streaming:
+        if sum(map(len, arrived_s.values())) != produced:  # one output a token, or its times mean nothing
+            raise RuntimeError(f"{produced} tokens came in {sum(map(len, arrived_s.values()))} pieces")
+        measured["latency"] = workload.latency([started] * len(arrived_s), list(arrived_s.values()))
+    return measured
 
 
 def run(talk: Session, measurements: dict[str, Any]) -> None:
@@ -278,6 +280,7 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     measurements["model"] = {
         "weight_bytes": weights,
         "parameters": sum(p.numel() for p in model.parameters()),
+        **identity.of(Path(talk.request["model_path"]), dtype=settings["dtype"]),
     }
     talk.phase("after_load")
     transient = _profile(model, talk, memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ class HostGone(BaseException):
 
 
 class Session:
-    """Holds the request; `phase` observes, writes the observation down, and waits for the host to do the same."""
+    """Holds the request; `phase` observes, writes the observation down, and waits for the host to do the same.
+
+    A thread may observe a phase while the main thread is inside the engine: one conversation at a time.
+    """
 
     def __init__(self, folder: Path, request: dict[str, Any], control: int, answers: int = 0) -> None:
         self.folder = folder
@@ -40,6 +44,7 @@ class Session:
         self._observations = os.open(
             folder / "observations.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
         )
+        self._one_at_a_time = threading.RLock()
         self.sources: list[Callable[[], dict[str, Any]]] = []
 
     @property
@@ -62,19 +67,26 @@ class Session:
                 raise HostGone
             answer += piece
 
-    def phase(self, name: str, **extra: Any) -> dict[str, Any]:
+    def settle(self) -> None:
+        """Have the host apply again what must hold when the engine reads free memory."""
+        with self._one_at_a_time:
+            self.exchange("settle")
+
+    def phase(self, name: str, *, settle: bool = True, **extra: Any) -> dict[str, Any]:
         """Observe at a phase from inside, keep it on disk whatever happens next, and let the host observe as well.
 
         Before `sizing` the host is asked to settle: the state of an arm must hold when the engine reads free memory,
-        and what the worker freed since the start waits in per-CPU lists again.
+        and what the worker freed since the start waits in per-CPU lists again. `settle=False`: the engine is reading
+        already, and nothing may move under it.
         """
-        if name == "sizing":
-            self.exchange("settle")
-        # An engine's own sources come first: what the first of them sets up (a CUDA context) is then in the reading.
-        own = {key: value for source in self.sources for key, value in source().items()}
-        seen = observe.observe(name) | extra | own
-        if name in _WITH_MODEL_FILES and self.request["model_path"]:
-            seen["model_files"] = observe.resident(observe.files_under(Path(self.request["model_path"])))
-        os.write(self._observations, (json.dumps(seen, allow_nan=False) + "\n").encode())
-        self.exchange("phase", name)
-        return seen
+        with self._one_at_a_time:
+            if name == "sizing" and settle:
+                self.settle()
+            # An engine's own sources come first: what the first of them sets up (a CUDA context) is then in the reading.
+            own = {key: value for source in self.sources for key, value in source().items()}
+            seen = observe.observe(name) | extra | own
+            if name in _WITH_MODEL_FILES and self.request["model_path"]:
+                seen["model_files"] = observe.resident(observe.files_under(Path(self.request["model_path"])))
+            os.write(self._observations, (json.dumps(seen, allow_nan=False) + "\n").encode())
+            self.exchange("phase", name)
+            return seen
