@@ -195,6 +195,17 @@ def _printed_law(seen: Evidence) -> Iterator[Finding]:
         )
 
 
+def _unseen_sizing(seen: Evidence) -> Iterator[Finding]:
+    """TensorRT-LLM's pool sized at a moment at which nobody looked."""
+    ok = seen.counted[(seen.counted["outcome"] == "ok") & (seen.counted["engine"] == "tensorrt_llm")]
+    unseen = ok.loc[ok["sizing_moment"] == "before start", "trial_id"]
+    if len(unseen):
+        yield Finding(
+            "doubt",
+            f"In {plural(len(unseen), 'trial')} ({names(unseen)}) the engine sized its pool unseen: whether the treatment held then, and what held memory, is not known.",
+        )
+
+
 def _law(seen: Evidence) -> Iterator[Finding]:
     ok = seen.trials[(seen.trials["outcome"] == "ok") & (seen.trials["sizing_law"] == LAW)]
     block_bytes = ok["kv_block_tokens"] * ok["kv_bytes_per_token"]
@@ -217,6 +228,23 @@ def _law(seen: Evidence) -> Iterator[Finding]:
             f"{format_bytes(_UNPREDICTED_BYTES)} ({names(wide['block_id'])}): other memory moved as well. "
             f"With every counter read at that moment, at most {format_bytes(left)} is left.",
         )  # fmt: skip
+
+
+def _checks(seen: Evidence) -> Iterator[Finding]:
+    """What a measurement was not held against: a second source of its capacity, the bounds of what can be."""
+    ok = seen.trials[seen.trials["outcome"] == "ok"]
+    alone = ok[(ok["engine"] == "tensorrt_llm") & ok["kv_second_source"].isna()]
+    if len(alone):
+        yield Finding(
+            "doubt",
+            f"KV capacity rests on one source alone in {plural(len(alone), 'trial')} ({names(alone['trial_id'])}): no second one confirms it.",
+        )
+    lacking = ok[ok["bounds_not_applied"].fillna("") != ""]
+    for why, rows in lacking.groupby("bounds_not_applied"):
+        yield Finding(
+            "note",
+            f"Not every bound on what can be was applied in {plural(len(rows), 'trial')} ({names(rows['trial_id'])}): {why}.",
+        )
 
 
 def _fingerprint(seen: Evidence) -> Iterator[Finding]:
@@ -248,7 +276,9 @@ def findings(seen: Evidence) -> list[Finding]:
         _warnings,
         _design,
         _printed_law,
+        _unseen_sizing,
         _law,
+        _checks,
         _fingerprint,
     )
     found = [finding for check in checks for finding in check(seen)]

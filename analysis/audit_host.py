@@ -9,12 +9,22 @@ import pandas as pd
 
 from spark_ray.units import MIB, format_bytes
 
-from .findings import Evidence, Finding, names, plural
+from . import matmul
+from .findings import Evidence, Finding, Severity, names, plural
 
 _SAMPLING_SHARE = 0.01  # of one core: what looking may cost
 _QUIET_BYTES = 256 * MIB  # MemFree of a quiet host moves by 130 to 210 MiB a minute
 _STALLED_SHARE = 0.01  # of an attempt in which some task waited for memory
 _GROWTH_BYTES = 64 * MIB  # of the orchestrator between the first and the last attempt
+
+_OTHER_WAYS: tuple[tuple[str, Severity, str], ...] = (
+    (
+        "devices",
+        "doubt",
+        "as driver files and nodes, as nobody starts one: the daemon granted no --gpus, no CDI",
+    ),
+    ("cdi", "note", "by CDI, since the daemon refused --gpus"),
+)
 
 
 def _where(trials: pd.DataFrame, column: str, above: float = 0.0) -> pd.DataFrame:
@@ -53,8 +63,8 @@ def _memory(seen: Evidence) -> Iterator[Finding]:
         during = ", ".join(killed["trial_id"].astype(str).head(5))
         yield Finding(
             "note",
-            f"The kernel killed a process of this host for memory during {plural(len(killed), 'attempt')} ({during}); "
-            "only where the outcome is out_of_memory was it the trial's own.",
+            f"The kernel killed a process of this host for memory during {plural(len(killed), 'attempt')} ({during}). It does not say "
+            "whose: where the attempt failed as well, it is taken for the trial's own (out_of_memory).",
         )
 
 
@@ -190,4 +200,14 @@ def _gpu(seen: Evidence) -> Iterator[Finding]:
         )
 
 
-CHECKS = (_memory, _quiet, _guard, _held, _instrument, _orchestrator, _gpu)
+def _exposure(seen: Evidence) -> Iterator[Finding]:
+    """A container that has the GPU in another way than its users' containers have."""
+    in_docker = seen.counted[seen.counted["environment"] == "docker"]
+    for way, severity, words in _OTHER_WAYS:
+        arms = sorted(in_docker.loc[in_docker["gpu_exposure"].fillna("") == way, "arm"].unique())
+        if arms:
+            named = ", ".join(map(str, arms))
+            yield Finding(severity, f"The containers of {named} were given the GPU {words}.")
+
+
+CHECKS = (_memory, _quiet, _guard, _held, _instrument, _orchestrator, _gpu, _exposure, matmul.doubts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import frames, gpu, host, sizing
+from . import frames, gpu, host, matmul, sizing
 
 _MEMORY = {name: " + ".join(fields) for name, fields in frames.MEMORY.items()} | {
     "page_cache_bytes": "Cached + Buffers − Shmem",
@@ -25,6 +25,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "simulated": "true: capacities come from a formula",
         "probe": "true: the sizing law over real memory, no inference engine ran",
         "engine_is_double": "true: a test double stood in for the engine's library, the numbers are no measurements",
+        "sizing_moment": "how near to the reading of free memory that decides the host looked: hook, log line, before start (TensorRT-LLM)",
         "sizing_estimated_bytes": "of sizing.terms: what the engine estimated for the pool after caps (TensorRT-LLM)",
         "sizing_outside_bytes": "of sizing.terms: memory in use that is not torch's; on unified memory by anybody (TensorRT-LLM)",
         "first_token_p50_s": "median time to the first token, in seconds",
@@ -43,6 +44,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         **gpu.MEANINGS,
         **sizing.MEANINGS,
         **host.MEANINGS,
+        **matmul.MEANINGS,
         **{f"sizing_{name}": f"at the sizing moment: {words}" for name, words in _MEMORY.items()},
     },
     "phases": {

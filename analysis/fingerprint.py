@@ -1,14 +1,15 @@
 """What differs between arms beside what was meant to: each difference is a rival explanation.
 
-Values that change from trial to trial within an arm (container ids, process numbers) are made anonymous or shown as
-such, so that they cannot pass for a difference between arms.
+Values that change from trial to trial (container ids, process numbers) are made anonymous where they are known. Of others
+all values of an arm count: two arms that both vary, and have a value in common, do not differ.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spark_ray.environments import ATTEMPT_INSIDE, BUNDLE_INSIDE, CACHE_INSIDE, RUN_VARIABLE
@@ -54,6 +55,8 @@ _RECORDED = {
     "gpu.driver": ("content", "gpu", "driver"),
     "gpu.exposure": ("content", "gpu", "exposure"),
 }
+_COUNTED = ("engine.log_warnings",)
+"""Texts with amounts in them, which are those of one attempt."""
 _QUANTITIES = ("_s", "_bytes")
 """Ends of names of what an engine measured about itself in one attempt: no property of an arm."""
 _LISTED = 12  # of many: named in a cell
@@ -67,6 +70,14 @@ class Row:
     values: tuple[str, ...]
     differs: bool
     expected: bool
+    seen: tuple[frozenset[str], ...] = ()  # all values that trials of each arm had; of a set: empty
+
+    def apart(self, first: int, second: int) -> bool:
+        """Whether the arms at these places differ in it."""
+        if not self.seen:
+            return self.values[first] != self.values[second]
+        one, other = self.seen[first], self.seen[second]
+        return one != other and (min(len(one), len(other)) < 2 or not one & other)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -75,7 +86,9 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _flat(f"{prefix}.{text(str(key))}" if prefix else text(str(key)) or "", each)
     elif value is not None:
         shown = words(value)
-        yield prefix, _IDENTIFIER.sub("<id>", shown) if prefix.startswith(_NAMED_BY_CHANCE) else shown
+        if prefix.startswith(_NAMED_BY_CHANCE):
+            shown = _IDENTIFIER.sub("<id>", shown)
+        yield prefix, re.sub(r"\d+", "N", shown) if prefix in _COUNTED else shown
 
 
 def _placed(value: str, run: str | None) -> str:
@@ -160,14 +173,15 @@ def _set_row(
     return Row(name, values, any(each != common for each in seen), expected=False)
 
 
-def _value(seen: list[dict[str, str]], name: str) -> str:
-    values = {each[name] for each in seen if name in each}
-    if not values:
-        return ABSENT
-    return (
-        values.pop()
-        if len(values) == 1
-        else f"varies: {', '.join(sorted(values)[:3])}{', …' if len(values) > 3 else ''}"
+def _shown(found: Sequence[frozenset[str]]) -> tuple[str, ...]:
+    """The values of each arm in words: of many those first that not every arm has."""
+    everywhere = frozenset.intersection(*found)
+    return tuple(
+        next(iter(values), ABSENT)
+        if len(values) < 2
+        else f"varies: {', '.join(sorted(values, key=lambda value: (value in everywhere, value))[:3])}"
+        f"{', …' if len(values) > 3 else ''}"
+        for values in found
     )
 
 
@@ -181,9 +195,10 @@ def compare(records: Iterable[Record], arms: Sequence[str]) -> list[Row]:
     seen = {arm: [_properties(record) for record in each] for arm, each in by_arm.items()}
     rows = []
     for name in sorted({name for each in seen.values() for one in each for name in one}):
-        values = tuple(_value(seen[arm], name) if arm in seen else ABSENT for arm in arms)
-        known = {value for arm, value in zip(arms, values, strict=True) if arm in seen}
-        rows.append(Row(name, values, len(known) > 1, name.startswith(_EXPECTED)))
+        found = tuple(frozenset(one[name] for one in seen.get(arm, ()) if name in one) for arm in arms)
+        row = Row(name, _shown(found), differs=False, expected=name.startswith(_EXPECTED), seen=found)
+        places = [place for place, arm in enumerate(arms) if arm in seen]
+        rows.append(replace(row, differs=any(row.apart(*pair) for pair in itertools.combinations(places, 2))))
     for made in (
         _set_row("libraries", "libraries", _libraries, by_arm),
         _set_row("mounts", "mounts", _mounts, by_arm),
@@ -207,7 +222,7 @@ def rivals(rows: Sequence[Row], arms: Sequence[str], baseline: str, against: str
     pair = arms.index(baseline), arms.index(against)
     if any(all(row.values[place] == ABSENT for row in rows) for place in pair):
         return []
-    differ = {row.name for row in rows if row.differs and row.values[pair[0]] != row.values[pair[1]]}
+    differ = {row.name for row in rows if row.differs and row.apart(*pair)}
     same_place = not any(name.startswith(_ENVIRONMENT) for name in differ)
     return [
         row

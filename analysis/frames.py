@@ -16,7 +16,7 @@ import pandas as pd
 from spark_ray.store import Store
 from spark_ray.units import format_bytes
 
-from . import gpu, host, sizing
+from . import gpu, host, matmul, sizing
 from .reading import COUNT, FLAG, NUMBER, READ, TEXT, Record, at, count, number, observations, pick, text
 
 _LATENCY = ("result", "measurements", "throughput", "latency")
@@ -46,9 +46,11 @@ TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "kv_cache_tokens": (COUNT, ("result", "measurements", "kv_cache", "tokens")),
     "kv_cache_sequences": (COUNT, ("result", "measurements", "kv_cache", "sequences")),
     "kv_cache_source": (TEXT, ("result", "measurements", "kv_cache", "source")),
+    "kv_second_source": (TEXT, ("result", "measurements", "kv_cache", "second_source", "source")),
     "kv_block_tokens": (COUNT, ("result", "measurements", "kv_cache", "tokens_per_block")),
     "kv_bytes_per_token": (COUNT, ("result", "measurements", "kv_cache", "bytes_per_token")),
     "weight_bytes": (COUNT, ("result", "measurements", "model", "weight_bytes")),
+    "sizing_moment": (TEXT, ("result", "measurements", "engine", "sizing_moment")),
     "sizing_view": (TEXT, ("result", "measurements", "sizing", "view")),
     "sizing_law": (TEXT, ("result", "measurements", "sizing", "law")),
     "sizing_fraction": (NUMBER, ("result", "measurements", "sizing", "fraction")),
@@ -215,13 +217,14 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
         **gpu.of_record(record),
         **sizing.of_record(record),
         **host.of_record(record),
+        **matmul.of_record(record),
     }  # fmt: skip
 
 
 def trials(records: Iterable[Record], indices: Mapping[str, int]) -> pd.DataFrame:
     """One row per attempt. `indices`: place of each block in the run, by block id."""
     kinds = {name: kind for name, (kind, _) in TRIAL.items()} | _TRIAL_DERIVED | gpu.COLUMNS
-    kinds |= sizing.COLUMNS | host.COLUMNS
+    kinds |= sizing.COLUMNS | host.COLUMNS | matmul.COLUMNS
     kinds |= {f"sizing_{name}": COUNT for name in _PHASE_DERIVED}
     return table((pick(record, TRIAL) | _derived(record, indices) for record in records), kinds)
 

@@ -17,6 +17,7 @@ COLUMNS = {
     "gpu_lowest_sm_clock_mhz": COUNT,
     "gpu_throttle_reasons": TEXT,
     "gpu_processes_before": COUNT,
+    "gpu_exposure": TEXT,
 }
 MEANINGS = {
     "gpu_memory_before_bytes": "device memory in use before the worker started, all devices",
@@ -28,6 +29,7 @@ MEANINGS = {
     "gpu_lowest_sm_clock_mhz": "lowest multiprocessor clock at a phase while the worker lived, MHz",
     "gpu_throttle_reasons": "reasons for reduced clocks at any phase while the worker lived; idle is none",
     "gpu_processes_before": "compute processes on the devices before the worker started: anybody else's",
+    "gpu_exposure": "how an isolated guest was given the GPU: request (--gpus), cdi (--device), devices (driver files, bound)",
 }
 _WANTED_CLOCKS = {"idle", "applications_clocks_setting", "display_clock_setting"}
 
@@ -65,8 +67,9 @@ def _whole(value: float | None) -> int | None:
 def of_record(record: Record) -> dict[str, Any]:
     """The columns above; absent where there is no GPU or it does not answer."""
     seen = [each for each in observations(record, "outside") if _devices(each)]
+    exposure = {"gpu_exposure": text(at(record, "content", "gpu", "exposure"))}
     if not seen:
-        return {}
+        return exposure
     before = next((each for each in seen if each.get("phase") == "before_launch"), None)
     after = next((each for each in seen if each.get("phase") == "after_exit"), None)
     live = [each for each in seen if each is not before and each is not after]
@@ -80,7 +83,7 @@ def of_record(record: Record) -> dict[str, Any]:
     }
     processes = [_list(at(device, "processes")) for device in _devices(before)]
     everybody = [each for each in processes if each is not None]
-    return {
+    return exposure | {
         "gpu_memory_before_bytes": _whole(_over_devices(before, "memory_used_bytes", sum)),
         "gpu_peak_memory_bytes": _whole(_extreme([_over_devices(s, "memory_used_bytes", sum) for s in live], max)),
         "gpu_start_temperature_celsius": _whole(_over_devices(before, "temperature_celsius", max)),

@@ -21,6 +21,7 @@ COLUMNS = {
     "ledger_disagreements": TEXT,
     "orchestrator_before_bytes": COUNT,
     "orchestrator_after_bytes": COUNT,
+    "bounds_not_applied": TEXT,
 }
 MEANINGS = {
     "gate_unreached": "what the gate waited for in vain before the start, by name; empty: nothing",
@@ -35,6 +36,7 @@ MEANINGS = {
     "ledger_disagreements": "quantities that two sources told differently beyond the error bar, with the phase",
     "orchestrator_before_bytes": "Ray, this program and container daemons before the attempt, proportional set size",
     "orchestrator_after_bytes": "the same after the attempt",
+    "bounds_not_applied": "bounds of plausibility that the measurement could not be held to, each with the reason; empty: none",
 }
 
 
@@ -69,13 +71,21 @@ def _disagreements(ledgers: list[Any]) -> Iterator[str]:
                 yield f"{text(at(quantity, 'name')) or '?'} at {text(at(each, 'phase')) or '?'}"
 
 
+def _not_applied(record: Record, bounds: Mapping[str, Any]) -> Iterator[str]:
+    """A throughput that was not measured needs no bound."""
+    generated = at(record, "result", "measurements", "throughput") is not None
+    for bound, why in bounds.items():
+        if bound != "throughput" or generated:
+            yield f"{(text(bound) or '?').replace('_', ' ')}: {text(why) or '?'}"
+
+
 def of_record(record: Record) -> dict[str, Any]:
     """The columns above; absent in the record of an older program, and where this host cannot tell."""
     host = at(record, "host")
     gate, guard, back, watchdog, ledgers = (
         at(host, name) for name in ("gate", "guard", "back", "watchdog", "ledger")
     )
-    strangers = at(guard, "foreign_gpu_processes")
+    strangers, bounds = at(guard, "foreign_gpu_processes"), at(host, "plausibility", "not_applied")
     wanted, found = count(at(back, "wanted_bytes")), count(at(back, "found_bytes"))
     return {
         "gate_unreached": _joined(_unreached(gate)) if isinstance(gate, Mapping) else None,
@@ -90,4 +100,5 @@ def of_record(record: Record) -> dict[str, Any]:
         "ledger_disagreements": _joined(_disagreements(ledgers)) if isinstance(ledgers, list) else None,
         "orchestrator_before_bytes": orchestrator_bytes(record, "before", "pss_bytes"),
         "orchestrator_after_bytes": orchestrator_bytes(record, "after", "pss_bytes"),
+        "bounds_not_applied": "; ".join(sorted(_not_applied(record, bounds))) if isinstance(bounds, Mapping) else None,
     }  # fmt: skip

@@ -23,7 +23,7 @@ from spark_ray.errors import SparkRayError
 from spark_ray.store import Store, write_durably
 from spark_ray.units import MIB, format_bytes
 
-from . import contrasts, figures, steps, verdict
+from . import contrasts, figures, matmul, steps, verdict
 from .attribution import TERMS
 from .frames import words
 from .reading import at, text
@@ -179,7 +179,7 @@ def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
         name: words for name, words in TERMS.items() if any(_moves(each, name) for each in found.comparisons)
     }
     return templates().get_template("report.html").render(
-        summary=summary, found=found, figures=drawn, charts=_script_json(_charts(drawn)),
+        products=matmul.rows(found.valid, found.arms, found.baseline), summary=summary, found=found, figures=drawn, charts=_script_json(_charts(drawn)),
         plotly=Markup(get_plotlyjs()), blocks=_block_rows(found), terms=parts, ladder=found.ladder,  # noqa: S704  the library itself
         unhappy=[row for _, row in unhappy.iterrows()], verdicts=[verdict.sentence(each) for each in found.comparisons if each.arm in found.arms],
         differing=[row for row in found.properties if row.differs and not row.expected],

@@ -31,7 +31,7 @@ MEANINGS = {
     "sizing_orchestrator_bytes": "anonymous memory of Ray, of this program and of the container daemons: the mean of before and after the attempt",
     "sizing_driver_bytes": "at the sizing moment, unified memory only: the ledger's residual, which the driver holds",
     "sizing_torch_allocated_bytes": "at the sizing moment: device memory in tensors, torch's allocator",
-    "sizing_device_own_bytes": "at the sizing moment: memory of the worker on its device, NVML",
+    "sizing_device_own_bytes": "at the sizing moment: memory of the worker and of its engine's processes on their device, NVML",
     "sizing_device_others_bytes": "at the sizing moment: memory of other processes on the worker's device, NVML",
     "sizing_device_driver_bytes": "at the sizing moment: memory in use on the worker's device that no process holds, NVML",
 }
@@ -92,7 +92,7 @@ def _device(record: Record) -> dict[str, int | None]:
     """Shares of the device on which the worker has memory; empty where NVML does not say who holds what."""
     gpus = at(at_sizing(record, "outside"), "gpus")
     outside = at(record, "host", "outside")
-    own = {each for each in (at(outside, "worker_pid"), at(outside, "pid")) if count(each) is not None}
+    known = {each for each in (at(outside, "worker_pid"), at(outside, "pid")) if count(each) is not None}
     for gpu in gpus if isinstance(gpus, list) else ():
         used, listed = count(at(gpu, "memory_used_bytes")), at(gpu, "processes")
         sizes = (
@@ -100,6 +100,8 @@ def _device(record: Record) -> dict[str, int | None]:
             if isinstance(listed, list)
             else {}
         )
+        marked = {at(each, "pid") for each in listed if at(each, "own") is True} if sizes else set()
+        own = known | marked  # an engine may run in a child of a worker that has nothing there itself
         if not own & sizes.keys() or any(size is None for size in sizes.values()):
             continue
         mine = sum(size or 0 for pid, size in sizes.items() if pid in own)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from spark_ray.outcome import ANSWERS
 
-from . import ladder, predictions, statistics, verdict
+from . import ladder, matmul, predictions, statistics, verdict
 from .reading import at, text
 from .run import Analysis, verdict_of
 
@@ -84,6 +84,7 @@ def summarise(found: Analysis) -> dict[str, Any]:
         "blocks": {"wanted": at(found.plan, "experiment", "search", "blocks"), "complete": int(found.valid["block_id"].nunique())},
         "arms": [_arm(found, arm) for arm in found.arms],
         "contrasts": [_contrast(each) for each in found.comparisons],
+        "matmul": [each.as_dict() for each in matmul.rows(found.valid, found.arms, found.baseline)],
         "ladder": ladder.summary(found.ladder),
         "predictions": [predictions.summary(each) for each in found.predictions],
         "rivals": [row.name for row in found.rivals],

@@ -40,6 +40,7 @@ class Job:
     bundle_sha256: str
     seed: int
     reference: Reference | None = None  # what its measurements are held against; None: no model is loaded
+    needs_gpu: bool = False  # weights and pool are device memory, which swap cannot hold
 
 
 @dataclass
@@ -72,10 +73,14 @@ class Tools:
     stop: threading.Event
 
 
-def look(phase: str, gpus: nvml.Reader, pid: int | None = None) -> dict[str, Any]:
-    """One outside observation; of the process tree as well while there is one."""
+def look(phase: str, gpus: nvml.Reader, pid: int | None = None, first: int | None = None) -> dict[str, Any]:
+    """One outside observation; of the process tree as well while there is one. `first`: process of the guest."""
     seen = observe.observe(phase, pid or "self", with_tree=pid is not None)
     found = gpus.read()
+    own = set(observe.descendants(first)) if first is not None and found else set()
+    for process in (each for gpu in found for each in gpu.get("processes") or ()):
+        if process["pid"] in own:
+            process["own"] = True
     return seen | {"gpus": found} if found else seen
 
 
@@ -166,7 +171,7 @@ class Attendance:
     def _observe(self, phase: str) -> None:
         watch, mapped_bytes = self._watch, None
         if self._pid is not None and self._first is not None and len(watch.observations) < _MOST_OBSERVATIONS:
-            seen = look(phase, self._tools.gpus, self._pid)
+            seen = look(phase, self._tools.gpus, self._pid, self._first)
             watch.observations.append(seen)
             mapped_bytes = seen["tree"].get("pss_file_bytes")
             self._peaks.look(self._pid, self._first)

@@ -26,7 +26,7 @@ KIND = "nvidia.com/gpu"
 ALL = "all"
 _DONE = {"update-ldcache", "create-symlinks"}
 _PROGRAMS = {"bin", "sbin"}
-_MEND = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+MEND = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
 
 
 class _Part(BaseModel):
@@ -87,16 +87,34 @@ class Specification(_Part):
 def find(folders: Sequence[Path] | None = None) -> Driver | None:
     """The driver as this host's specification gives it; None where there is none of NVIDIA's GPUs."""
     for folder in reversed(FOLDERS if folders is None else folders):
-        names = sorted(folder.iterdir()) if folder.is_dir() else []
-        for path in names:
-            if path.suffix not in {".json", ".yaml"}:
-                continue
-            document = config.load_plain(path)
-            if isinstance(document, Mapping) and document.get("kind") == KIND:
-                found = read(document, str(path))
-                if found is not None:
-                    return found
+        for path, document in specifications(folder):
+            found = read(document, str(path))
+            if found is not None:
+                return found
     return None
+
+
+def specifications(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Each file of a folder that describes NVIDIA's GPUs. InputError for one that would and cannot be read."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix not in {".json", ".yaml"}:
+            continue
+        try:
+            document = config.load_plain(path)
+        except InputError as error:
+            if _is_of_another(path):  # and no business of ours
+                continue
+            raise InputError(f"{path} is no CDI specification: {error.message}", mend=MEND) from None
+        if isinstance(document, Mapping) and document.get("kind") == KIND:
+            yield path, document
+
+
+def _is_of_another(path: Path) -> bool:
+    """Whether a file that is no plain data does not speak of NVIDIA's GPUs; one that may not be read is nobody's."""
+    try:
+        return KIND.encode() not in path.read_bytes()
+    except OSError:
+        return True
 
 
 def read(document: Mapping[str, Any], source: str) -> Driver | None:
@@ -107,7 +125,7 @@ def read(document: Mapping[str, Any], source: str) -> Driver | None:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"{source} is no CDI specification: {place}: {first['msg'].lower()}", mend=_MEND
+            f"{source} is no CDI specification: {place}: {first['msg'].lower()}", mend=MEND
         ) from None
     mounts = list({mount.container_path: mount for each in applied for mount in each.mounts}.values())
     hooks = [hook for each in applied for hook in each.hooks]

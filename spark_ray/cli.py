@@ -172,8 +172,9 @@ def doctor(experiment: Path | None, spark: bool, as_json: bool, allow_roots: tup
 def selftest_command(engine: str | None, model: Path | None, double: Path | None, blocks: int) -> None:
     """Test in minutes what the tool takes for granted of this host, and print a block to paste into an issue.
 
-    The page cache is dropped if this user may; nothing else of the host changes. In the block are versions, counters and
-    findings: no path of yours, no name of the machine, no variable.
+    The page cache is dropped if this user may. What stays is what any run makes: the tree of this interpreter in the cache, and
+    its Docker image. In the block are versions, counters and findings, and how the log of a trial that failed ends: no path of
+    yours, no name of yours or the machine's.
     """
     if (engine is None) != (model is None):
         raise click.UsageError("--engine and --model go together")

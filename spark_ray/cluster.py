@@ -13,7 +13,7 @@ CLUSTER_KEYS = {
     "provider.head_ip": "address of the machine that Ray starts on",
     "provider.worker_ips": "addresses of the others; [] for none",
     "provider.memory_bandwidth": "of each machine, of the memory that weights live in, such as 273GB/s; may be left out: then "
-    "no throughput is held against it",
+    "that of a GB10 is known, and elsewhere no throughput is held against it",
     "head_start_ray_commands": "the slots of the head: from its `ray start --resources='{\"slot\": N}'`",
     "worker_start_ray_commands": "the slots of each other machine, likewise",
 }

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from . import capabilities, cdi, driver, guest_podman, image, native_tensorrt_llm, rootfs, rootfs_check, roots
-from .engines import AnyEngine, EmbeddedEngine, Model, TensorRTLLMEngine
+from .engines import AnyEngine, EmbeddedEngine, TensorRTLLMEngine
 from .environment_spec import (
     ChrootEnvironment,
     DockerEnvironment,
@@ -32,6 +33,7 @@ from .environments import DEFAULT_PATH, PASSED_VARIABLES, Content, EnvironmentSp
 from .errors import InputError, UnavailableError
 from .experiment import Experiment
 
+logger = logging.getLogger("spark_ray")
 TRANSFORMERS = SpecifierSet(">=5.23,<5.24")
 """Versions whose paged cache the embedded engine reads; pyproject.toml says the same."""
 
@@ -51,13 +53,21 @@ def host_driver() -> driver.Driver | None:
     return cdi.find() or driver.find()
 
 
+def driver_problems() -> list[Problem]:
+    """What keeps a guest from the NVIDIA driver of this host."""
+    try:
+        return [_NO_DRIVER] if host_driver() is None else []
+    except InputError as error:  # a CDI specification that is none
+        return [Problem(error.message, error.mend or cdi.MEND)]
+
+
 # ---- engine and model -------------------------------------------------------------------------------------
 
 
 def engine_problems(experiment: Experiment) -> list[Problem]:
     """What the engine lacks in this interpreter (which every host-made environment shares)."""
     on_gpu = any(experiment.engine_of(arm).needs_gpu for arm in experiment.arms)
-    problems = [_NO_DRIVER] if on_gpu and host_driver() is None else []
+    problems = driver_problems() if on_gpu else []
     if not isinstance(experiment.engine, EmbeddedEngine):
         return problems
     mend = "pip install -c constraints.txt 'spark_ray[embedded]'"
@@ -71,8 +81,9 @@ def engine_problems(experiment: Experiment) -> list[Problem]:
     return problems
 
 
-def model_problems(model: Model | None) -> list[Problem]:
+def model_problems(experiment: Experiment) -> list[Problem]:
     """What is wrong with a model folder, found without loading it."""
+    model = experiment.model
     if model is None or model.path is None:
         return []
     folder = Path(model.path)
@@ -89,11 +100,30 @@ def model_problems(model: Model | None) -> list[Problem]:
     if not weights:
         return [Problem(f"{folder} holds no *.safetensors", mend)]
     for path in weights:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as stream:
+                header = int.from_bytes(stream.read(8), "little")
+        except OSError as error:
+            return [Problem(f"{path} cannot be read: {error.strerror}", "copy it again, or let it be read")]
         if not 2 <= header <= size - 8:
             return [Problem(f"{path} is not a whole safetensors file ({size} bytes)", "copy the file again")]
+    return _leading_out(folder, experiment)
+
+
+def _leading_out(folder: Path, experiment: Experiment) -> list[Problem]:
+    """Links out of the folder, as a cache of the hub is made of: an environment with a root of its own has the folder alone."""
+    specs = {name: arm.environment for name, arm in experiment.arms.items()}
+    bound = [
+        name
+        for name, spec in specs.items()
+        if not isinstance(spec, NativeEnvironment) and getattr(spec, "root", None) != "host"
+    ]
+    inside = Path(os.path.realpath(folder))
+    for path in sorted(folder.iterdir()) if bound else ():
+        if path.is_symlink() and inside not in Path(os.path.realpath(path)).parents:
+            what = f"{path} leads out of its folder, which is all that arm {bound[0]} would have of it"
+            return [Problem(what, "give it a folder of its own: hf download --local-dir, or cp -rL")]
     return []
 
 
@@ -251,6 +281,7 @@ def _with_gpu(content: Content, docker_client: Any) -> Content:
         refusal = image.try_flag(docker_client, content.image_id, {"gpus": gpus})
         if refusal is None or image.no_such_program(refusal):
             return replace(content, gpu=Gpu(exposure))
+    logger.warning("Docker gives no GPU by --gpus or CDI: the driver's files and nodes are bound instead")
     return _with_driver(content)
 
 
@@ -293,7 +324,7 @@ def on_host_tree(spec: EnvironmentSpec) -> bool:
 
 def environment_problems(spec: EnvironmentSpec) -> list[Problem]:
     """What an environment's own content lacks, where that can be told before any effect: all of it at once."""
-    found = [_NO_DRIVER] if getattr(spec, "gpus", None) and host_driver() is None else []
+    found = driver_problems() if getattr(spec, "gpus", None) else []
     try:
         found += [Problem(each.found, each.mend) for each in tree_findings(spec) if each.status == "missing"]
         if isinstance(spec, DockerEnvironment):

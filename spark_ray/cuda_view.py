@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from .errors import SparkRayError
+
 DEADLINE_S = 60  # a first context is made in seconds; a driver that hangs must not take us with it
 
 _SCRIPT = """
@@ -37,7 +39,7 @@ for _ in sys.stdin:
 READER = (sys.executable, "-P", "-c", _SCRIPT)
 
 
-class Unavailable(Exception):
+class Unavailable(SparkRayError):
     """CUDA memory cannot be read on this host, and why."""
 
 

@@ -114,7 +114,7 @@ def _engine(experiment: Experiment | None) -> Iterator[Check]:
     for problem in content.engine_problems(experiment) if experiment is not None else ():
         yield Check("engine", "missing", problem.what, problem.mend)
     if experiment is not None and experiment.model is not None:
-        problems = content.model_problems(experiment.model)
+        problems = content.model_problems(experiment)
         for problem in problems:
             yield Check("model", "missing", problem.what, problem.mend)
         if not problems:

@@ -17,6 +17,7 @@ from . import config
 from .environments import Problem
 from .errors import InputError
 from .experiment import Experiment
+from .units import parse_size_bytes
 
 PACKAGE = "tensorrt_llm"
 _MARK = "ENGINE_IS_DOUBLE = True"
@@ -27,6 +28,7 @@ _MODEL = {
     }
 }  # fmt: skip
 _SUFFIX, _LONGEST_NAME = "-double", 40
+_FILL = "256MiB"  # of page cache: a laptop has no 8 GiB to hold
 _HERE: dict[str, Any] = {
     "rootfs": "host", "image": "host", "python": None, "gpus": None, "ulimits": {}, "privileged": False,
 }  # fmt: skip
@@ -103,3 +105,14 @@ def _changes(data: dict[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
         for key, value in environment.items() if isinstance(environment, Mapping) else ():
             if key in _HERE and value != _HERE[key]:
                 yield f"arms.{arm}.environment.{key}", _HERE[key]
+        treatment = said.get("treatment") if isinstance(said, Mapping) else None
+        cache = treatment.get("page_cache") if isinstance(treatment, Mapping) else None
+        if isinstance(cache, Mapping) and _is_large(cache.get("fill")):
+            yield f"arms.{arm}.treatment.page_cache.fill", _FILL
+
+
+def _is_large(fill: object) -> bool:
+    try:
+        return parse_size_bytes(fill) > parse_size_bytes(_FILL)
+    except ValueError:  # said where the experiment is read
+        return False

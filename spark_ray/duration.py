@@ -89,8 +89,8 @@ def requests_s(workload: Workload, weights: int, batch: float) -> float:
 
 def weight_bytes(folder: Path) -> int | None:
     """Size of a checkpoint's weight files; None where there are none."""
-    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder.is_dir() else []
-    return sum(sizes) or None
+    files = [path for path in folder.glob("*.safetensors") if path.is_file()] if folder.is_dir() else []
+    return sum(path.stat().st_size for path in files) or None
 
 
 def _middle(axis: IntRange | FractionRange | list[int] | list[float] | float) -> float:

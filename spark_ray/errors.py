@@ -7,6 +7,8 @@ that cannot do what was asked, a run that must not go on. Each message says what
 from __future__ import annotations
 
 import errno
+import sys
+from pathlib import Path
 
 EXIT_OK = 0
 """done"""
@@ -52,6 +54,12 @@ class RunError(SparkRayError):
     """The run folder cannot be used: locked, changed, broken, disk full."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+def typed(words: str, *, sudo: bool = False) -> str:
+    """A command of this program as it can be typed here: sudo's PATH has no virtual environment, and yours may not either."""
+    program = Path(sys.executable).parent / "spark-ray"
+    return f"{'sudo ' if sudo else ''}{program if program.is_file() else 'spark-ray'} {words}"
 
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from . import config, content, digest, image, launch, plausible, treatments
+from . import config, content, digest, image, launch, nvml, plausible, treatments
 from .divergence import contrast
 from .environment_spec import DockerEnvironment
 from .environments import Content, EnvironmentSpec, Site, docker
@@ -175,14 +175,15 @@ class SlotRunner:
             limits=experiment.limits,
             bundle_sha256=self._bundle_sha256,
             seed=experiment.seed,
-            reference=self._references[arm],
+            reference=self._references[arm], needs_gpu=experiment.engine_of(arm).needs_gpu,
         )  # fmt: skip
 
 
 def _memory_bandwidth(folder: Path) -> float | None:
-    """Of this node, as the cluster file of the run says."""
+    """Of this node: as the cluster file of the run says, else as its GPU is known to have."""
     file = folder / "cluster.yaml"
-    return config.load_cluster(file).memory_bandwidth_bytes_per_s if file.is_file() else None
+    said = config.load_cluster(file).memory_bandwidth_bytes_per_s if file.is_file() else None
+    return nvml.memory_bandwidth_bytes_per_s() if said is None else said
 
 
 class Drive:
@@ -316,7 +317,8 @@ class Drive:
             if outcome["kind"] == "host_wedged":
                 raise WatchdogStop(
                     f"{block.trial_id(arm)}: {outcome['message']}",
-                    mend="lower memory_fraction or max_num_tokens in search.space, free memory, then --resume",
+                    mend="free memory, then --resume, which begins with this block; or begin another run with a smaller fraction: "
+                    "--set name=NAME --set search.space.memory_fraction=FRACTION",
                 )
             if outcome["kind"] in VOID:
                 return True

@@ -173,6 +173,9 @@ class Matmul(Spec):
 
     size: PositiveInt = Field(default=10_000, description="rows and columns")
     runs: PositiveInt = Field(default=10, description="products that are timed, after one that is not")
+    device: Literal["any", "cuda"] = Field(
+        default="any", description="cuda: fail where torch sees no GPU, instead of taking the CPU"
+    )
 
 
 class Workload(Spec):

@@ -12,6 +12,7 @@ import select
 import signal
 import struct
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -34,6 +35,11 @@ class StartError(Exception):
 
 class EnvironmentLostError(Exception):
     """What runs the worker does not answer any more: nothing can be said about the worker."""
+
+
+PATIENCE_S = (120, 30)
+"""How long a guest that has said its last word may take to end, and once more after it was killed: an engine's memory of
+100 GiB and more is taken down in that time, and to kill what takes it down would leave it there."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,17 @@ class ProcessGuest:
         return found
 
     def kill(self) -> None:
-        """Kill the supervisor: its worker follows by parent-death signal, the rest of the session by the group."""
+        """Kill the supervisor: its worker follows by parent-death signal, the rest of the session by the group.
+
+        What started a session of its own (MPI's daemon with the ranks below it) is killed one by one. It is looked for
+        first: nobody finds what a dead supervisor would have collected.
+        """
+        tree = descendants(self._process.pid)[1:] if self._process.returncode is None else []
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in tree:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
     def _wait(self, longest_s: float) -> int:
         """As Popen.wait(timeout), but woken by the end itself: that one looks now and then, up to 50 ms late."""
@@ -139,17 +153,19 @@ class ProcessGuest:
         """
         assert self._process.stdin is not None  # noqa: S101
         code: int | None = None
-        for patience_s in (10, 30):
+        details: dict[str, Any] = {}
+        for patience_s in PATIENCE_S:
             try:
                 code = _signal_to_code(self._wait(patience_s))
                 break
             except subprocess.TimeoutExpired:  # after the second: in the kernel, uninterruptible
                 self.kill()
+                details["killed_by_host"] = True
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self.kill()
         self._out.close()
-        return Ended(code, self._group.finish() if self._group is not None else {})
+        return Ended(code, details | (self._group.finish() if self._group is not None else {}))
 
 
 def _make_group(start: Start) -> Group | None:
@@ -265,12 +281,15 @@ class ContainerGuest:
         """Status and OOMKilled, then removal."""
         details: dict[str, Any] = {"container_id": self.container_id}
         code: int | None = None
+        started = time.monotonic()
         try:
             try:
-                self._api.wait(self.container_id, timeout=10)
+                self._api.wait(self.container_id, timeout=PATIENCE_S[0])
             except Exception:  # noqa: BLE001  requests raises several kinds for a timeout
                 self.kill()
-                self._api.wait(self.container_id, timeout=30)
+                if time.monotonic() - started >= PATIENCE_S[0]:  # else it is the daemon that went away
+                    details["killed_by_host"] = True
+                self._api.wait(self.container_id, timeout=PATIENCE_S[1])
             state = self._api.inspect_container(self.container_id)["State"]
             code = int(state["ExitCode"])
             details |= {"oom_killed": bool(state["OOMKilled"]), "error": state.get("Error", "")}

@@ -128,6 +128,7 @@ class PodmanGuest:
             state = self._state()
             if state["Running"]:
                 self.kill()
+                details["killed_by_host"] = True
                 ask("wait", self.container_id)
             self._wait_for_monitor()
             state = self._state()

@@ -18,8 +18,10 @@ from docker.auth import resolve_repository_name
 from docker.errors import APIError, DockerException, ImageNotFound, InvalidArgument, NotFound
 from docker.types import DeviceRequest, Ulimit
 from docker.utils import parse_repository_tag
+from requests.exceptions import RequestException
+from urllib3.exceptions import HTTPError
 
-from .errors import InputError, UnavailableError
+from .errors import InputError, UnavailableError, typed
 from .rootfs import Rootfs, walk
 
 LABEL = "spark_ray.rootfs_sha256"
@@ -175,6 +177,17 @@ def remove_labelled(client: Any, labels: Mapping[str, str]) -> None:
         remove_container(client, container["Id"])
 
 
+@contextlib.contextmanager
+def in_words(doing: str) -> Iterator[None]:
+    """An engine that refuses, or goes away in the middle of it, as an error of ours."""
+    try:
+        yield
+    except (DockerException, RequestException, HTTPError, tarfile.TarError) as error:
+        why = getattr(error, "explanation", None) or error
+        mend = "look whether `docker info` answers and its disk has space, then do it again"
+        raise UnavailableError(f"{doing} failed: {why}", mend=mend) from error
+
+
 def _unreachable(error: BaseException) -> UnavailableError:
     """What keeps us from the engine, in the user's words."""
     where = os.environ.get("DOCKER_HOST", "its usual socket")
@@ -217,7 +230,7 @@ def inspect(client: Any, reference: str) -> Inspected:
     except ImageNotFound:
         raise UnavailableError(
             f"the Docker engine has no image {reference}; nothing is pulled without your word",
-            mend=f"spark-ray image pull {reference}",
+            mend=typed(f"image pull {reference}"),
         ) from None
     except APIError as error:
         raise InputError(f"{reference!r} cannot be an image: {error.explanation}") from None
@@ -239,9 +252,10 @@ def build(client: Any, rootfs: Rootfs, tag: str | None = None) -> Image:
     if present := _present(client, rootfs, reference):
         return present
     repository, version = parse_repository_tag(reference)
-    answer = client.api.import_image_from_stream(
-        _tar(rootfs.path), repository=repository, tag=version or "latest", changes=_changes(rootfs)
-    )
+    with in_words(f"making an image of {rootfs.path}"):
+        answer = client.api.import_image_from_stream(
+            _tar(rootfs.path), repository=repository, tag=version or "latest", changes=_changes(rootfs)
+        )
     for line in answer.splitlines():
         if (said := json.loads(line)) and "error" in said:
             raise UnavailableError(f"the Docker engine refused the rootfs {rootfs.path}: {said['error']}")
@@ -316,17 +330,18 @@ def pull(client: Any, reference: str, progress: Callable[[int], None] = lambda d
     registry = registry_of(reference)
     repository, version = parse_repository_tag(reference)
     done: dict[str, int] = {}
-    try:
-        for said in client.api.pull(repository, tag=version or "latest", stream=True, decode=True):
-            if "error" in said:
-                raise _no_pull(reference, registry, str(said["error"]))
-            if said.get("status") == "Downloading":
-                layer, detail = str(said.get("id")), said.get("progressDetail") or {}
-                done[layer] = max(done.get(layer, 0), int(detail.get("current") or 0))
-                progress(sum(done.values()))
-    except APIError as error:
-        raise _no_pull(reference, registry, str(error.explanation or error)) from None
-    return inspect(client, reference)
+    with in_words(f"fetching {reference}"):
+        try:
+            for said in client.api.pull(repository, tag=version or "latest", stream=True, decode=True):
+                if "error" in said:
+                    raise _no_pull(reference, registry, str(said["error"]))
+                if said.get("status") == "Downloading":
+                    layer, detail = str(said.get("id")), said.get("progressDetail") or {}
+                    done[layer] = max(done.get(layer, 0), int(detail.get("current") or 0))
+                    progress(sum(done.values()))
+        except APIError as error:
+            raise _no_pull(reference, registry, str(error.explanation or error)) from None
+        return inspect(client, reference)
 
 
 def _no_pull(reference: str, registry: str, why: str) -> UnavailableError:
@@ -344,5 +359,5 @@ def pinned(client: Any, reference: str) -> str:
             return digest
     raise UnavailableError(
         f"the Docker engine knows no digest of {reference}: it was made or loaded here, not pulled from {wanted[0]}",
-        mend=f"spark-ray image pull {reference}",
+        mend=typed(f"image pull {reference}"),
     )

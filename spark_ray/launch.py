@@ -86,8 +86,7 @@ class Launcher:
             warming = self._warm(job, kin)
             ready = self._wait(job, kin)
         self._expect_this_level(job)
-        orchestrator = {"before": footprint.read()}
-        watch = Watch()
+        watch, orchestrator = Watch(), {"before": footprint.read()}
         treated: dict[str, Any] = {}
         start = environments.module_of(job.environment).start(job.environment, job.site)
         _write_request(job, start)
@@ -98,7 +97,7 @@ class Launcher:
             kills_before = host.oom_kills()
             if ready.why_not is None:
                 self._execute(job, start, watch, kin)
-            kills = max(host.oom_kills() - kills_before, int(bool(watch.ended.details.get("oom_killed"))))
+            kills = max(host.oom_kills() - kills_before, int(_own_oom_kill(watch)))
         finally:
             self._treater.undo()
         watch.observations.append(look("after_exit", self._gpus))
@@ -114,6 +113,8 @@ class Launcher:
             result_error=result_error,
             exit_code=watch.ended.exit_code,
             oom_kills=kills,
+            killed_by_host=bool(watch.ended.details.get("killed_by_host")),
+            own_oom_kill=_own_oom_kill(watch),
             stopped_by=watch.stopped_by,
             not_reached=ready.why_not or treatments.not_held(job.treatment, watch.at_sizing, job.limits),
             not_quiet=guard.not_quiet(watch.guard, job.limits.guard),
@@ -291,6 +292,10 @@ def _record(
     return record
 
 
+def _own_oom_kill(watch: Watch) -> bool:
+    return bool(watch.ended.details.get("oom_killed"))
+
+
 def _no_memory(wait: host.Wait) -> str:
     return f"memory did not come back: {wait.found_bytes} of {wait.wanted_bytes} bytes after {wait.waited_s:.0f} s"
 
@@ -309,20 +314,31 @@ def _judge(job: Job, asked: Asked, result: dict[str, Any] | None) -> plausible.F
     if job.reference is None or result is None:
         return None
     held_to = plausible.Asked(
-        job.reference, job.engine, job.trial["configuration"], job.workload, asked.memory_bytes
+        job.reference, job.engine, job.trial["configuration"], job.workload, asked.memory_bytes, job.needs_gpu
     )
     return plausible.judge(result["measurements"], held_to)
 
 
 def _asked(job: Job, before: dict[str, Any]) -> Asked:
-    """What the result is held against. A fake pool may be larger than this host: it is no memory."""
-    info, gpus = before["meminfo"], nvml.memory_bytes()
-    real = job.engine["kind"] != "fake" and gpus is not None
+    """What the result is held against."""
     return Asked(
         trial_id=job.trial["trial_id"],
         attempt=job.trial["attempt"],
         engine=job.engine,
         configuration=job.trial["configuration"],
         workload=job.workload,
-        memory_bytes=info["MemTotal"] + info.get("SwapTotal", 0) + (gpus or 0) if real else None,
+        memory_bytes=_memory_bytes(job, before["meminfo"]),
     )
+
+
+def _memory_bytes(job: Job, info: dict[str, int]) -> int | None:
+    """All memory that an engine can use here: of the GPUs, which is the host's where they have none of their own.
+
+    None: unknown, or not held to it: a fake pool may be larger than this host, since it is no memory.
+    """
+    if job.engine["kind"] == "fake":
+        return None
+    if not job.needs_gpu:
+        return info["MemTotal"] + info.get("SwapTotal", 0)
+    gpus = nvml.memory_bytes()  # swap never holds what CUDA allocated
+    return None if gpus is None else gpus or info["MemTotal"]

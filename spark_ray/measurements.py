@@ -137,7 +137,7 @@ class Sizing(Part):
     )
     meminfo: Meminfo | None = Field(
         default=None,
-        description="/proc/meminfo at that moment, all fields, in bytes (HugePages_* are counts)",
+        description="/proc/meminfo at that moment, all fields, in bytes (HugePages_* are counts); of TensorRT-LLM when the host looked (engine.sizing_moment)",
     )
     per_cpu_free_bytes: Size | None = Field(
         default=None,
@@ -188,7 +188,9 @@ class EngineInfo(OpenPart):
 
 
 class ModelInfo(Part):
-    weight_bytes: Size = Field(description="bytes of all parameters as loaded")
+    weight_bytes: Size | None = Field(
+        default=None, description="bytes of all parameters as loaded; null: the engine did not say"
+    )
     parameters: Size | None = Field(default=None, description="number of parameters as loaded")
     resolution_bytes: Size | None = Field(
         default=None, description="weight_bytes is rounded to this step, as printed by the engine"

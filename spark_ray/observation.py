@@ -121,6 +121,7 @@ class Cuda(Part):
 class GpuProcess(Part):
     pid: Size = Field(description="process id on the host")
     used_bytes: Size | None = Field(default=None, description="device memory it holds, where the driver says")
+    own: bool | None = Field(default=None, description="true: of this attempt, its engine's processes too")
 
 
 class Gpu(Part):

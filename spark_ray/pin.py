@@ -41,7 +41,11 @@ def write(path: Path, pinned: Mapping[str, str]) -> None:
 def experiment_in(argument: str) -> Path | None:
     """The file, where the argument names one and not an image."""
     path = Path(argument)
-    return path if path.suffix in {".yaml", ".yml"} and path.is_file() else None
+    if path.suffix not in {".yaml", ".yml"}:
+        return None
+    if not path.is_file():
+        raise InputError(f"there is no experiment {path}", mend="name a file that is there, or an image")
+    return path
 
 
 def load(path: Path) -> Experiment:

@@ -7,6 +7,7 @@ All numbers of the model are read by the host itself, from the folder that it ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,8 @@ class Asked:
     engine: Mapping[str, Any]
     configuration: Mapping[str, int | float]
     workload: Mapping[str, Any]
-    memory_bytes: int | None  # of the node and its GPUs; None: unknown
+    memory_bytes: int | None  # all that the engine can use on this node; None: unknown
+    on_gpu: bool = False  # where a pool is taken whole; elsewhere it may be promised and not touched
 
     @property
     def ranks(self) -> int:
@@ -75,6 +77,10 @@ def reference(
     """Read before anything is measured: hashes and headers, nothing is loaded."""
     weights, unknown = None, None
     try:
+        if engine["kind"] == "tensorrt_llm" and identity.dtype_of(model) == "float32":
+            raise identity.Unknown(
+                "its config.json says float32, which TensorRT-LLM loads as bfloat16 for some models"
+            )
         weights = identity.weights(model, engine["dtype"] if engine["kind"] == "embedded" else "auto")
     except (identity.Unknown, OSError) as error:
         unknown = str(error)
@@ -84,10 +90,13 @@ def reference(
 def judge(measurements: Mapping[str, Any], asked: Asked) -> Findings:
     """Hold what was measured against every bound that can be applied."""
     found = Findings()
-    model, work = measurements.get("model") or {}, measurements.get("throughput") or {}
+    model, pool, work = (measurements.get(name) or {} for name in ("model", "kv_cache", "throughput"))
     _judge_identity(found, model, asked)
-    _judge_weights(found, model.get("weight_bytes"), model.get("resolution_bytes") or 0, asked)
-    _judge_footprint(found, model.get("weight_bytes"), asked)
+    if pool and model.get("weight_bytes") is None and asked.reference.weights is not None:
+        found.put("weights", "the engine sized its pool and did not say how large its weights are")
+    else:
+        _judge_weights(found, model.get("weight_bytes"), model.get("resolution_bytes") or 0, asked)
+    _judge_footprint(found, model.get("weight_bytes"), pool.get("bytes") or 0, asked)
     if asked.engine.get("double") is not None:
         found.not_applied["throughput"] = "a double makes its tokens without reading weights"
     else:
@@ -121,6 +130,11 @@ def _judge_weights(found: Findings, weight_bytes: int | None, resolution_bytes: 
     share = asked.reference.weights.loaded_bytes / asked.ranks
     low = (1 - TOLERANCE) * share - resolution_bytes
     high = (1 + TOLERANCE) * asked.reference.weights.loaded_bytes + BUFFERS_BYTES
+    if asked.reference.weights.has_states:
+        high = math.inf
+        found.not_applied["weights_above"] = (
+            "states of its layers, one for each request, may count as weights"
+        )
     wrong = None
     if not low <= weight_bytes <= high:
         wrong = (
@@ -130,13 +144,18 @@ def _judge_weights(found: Findings, weight_bytes: int | None, resolution_bytes: 
     found.put("weights", wrong)
 
 
-def _judge_footprint(found: Findings, weight_bytes: int | None, asked: Asked) -> None:
+def _judge_footprint(found: Findings, weight_bytes: int | None, pool_bytes: int, asked: Asked) -> None:
+    """The pool is taken beside the weights. What the profiling pass held for a moment may be counted among those."""
     if weight_bytes is None or asked.memory_bytes is None:
         found.not_applied["footprint"] = "the size of the weights, or of the node's memory, is not known"
         return
     wrong = None
     if weight_bytes > asked.memory_bytes:
-        wrong = f"{format_bytes(weight_bytes)} of weights on a node with {format_bytes(asked.memory_bytes)} of memory in all"
+        wrong = f"{format_bytes(weight_bytes)} of weights"
+    elif asked.on_gpu and weight_bytes + pool_bytes > (1 + JITTER) * asked.memory_bytes:
+        wrong = f"{format_bytes(weight_bytes)} of weights and {format_bytes(pool_bytes)} of KV cache"
+    if wrong is not None:
+        wrong += f" on a node with {format_bytes(asked.memory_bytes)} of memory in all"
     found.put("footprint", wrong)
 
 
@@ -147,9 +166,7 @@ def _judge_throughput(found: Findings, tokens_per_s: float | None, asked: Asked)
     if tokens_per_s is None:
         why = "no tokens were generated"
     elif speed is None:
-        why = (
-            "the memory bandwidth of this node is not stated (provider.memory_bandwidth in the cluster file)"
-        )
+        why = "the memory bandwidth of this node is not known (provider.memory_bandwidth in the cluster file)"
     elif asked.reference.weights is None:
         why = asked.reference.unknown
     else:

@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import content, double, duration, environments, guest_podman, image, nvml, plausible, treatments
+from . import (
+    content,
+    double,
+    duration,
+    environments,
+    guest_podman,
+    image,
+    nvml,
+    plausible,
+    rootfs,
+    treatments,
+)
 from .cluster import Cluster
 from .conditions import Fill
 from .environment_spec import ChrootEnvironment, DockerEnvironment, IsolatedEnvironment, PodmanEnvironment
 from .environments import Offer, Problem
-from .errors import UnavailableError
+from .errors import InputError, UnavailableError
 from .experiment import Experiment
 from .plan import arm_order
 from .rootact import RootActs
@@ -145,7 +156,7 @@ def _isolation(experiment: Experiment) -> dict[str, str]:
 
 def preview(experiment: Experiment, cluster: Cluster, offer: Offer) -> Preview:
     problems = [*double.problems(experiment), *content.engine_problems(experiment)]
-    problems += content.model_problems(experiment.model)
+    problems += content.model_problems(experiment)
     problems += [Problem(text, GP_MEND) for text in search_problems(experiment.search)]
     problems += _too_large(experiment)
     return Preview(
@@ -186,11 +197,34 @@ def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
         Problem(what, mend)
         for what, mend in treatments.impossible(arm.treatment, experiment.limits, observe.meminfo())
     ]
+    aged = _aged(experiment, arm.environment) if not found else []
     state, warnings = treatments.effective(arm.treatment, can, settles=experiment.settles(name))
     what = f"{_environment_words(arm.environment)}; {treatments.words(state)}"
     if arm.engine:
         what += "; " + ", ".join(f"{key}: {value}" for key, value in arm.engine.items())
-    return ArmPlan(name, what, tuple(found), tuple(warnings), arm.required)
+    return ArmPlan(name, what, tuple(found), (*aged, *warnings), arm.required)
+
+
+def _aged(experiment: Experiment, spec: environments.EnvironmentSpec) -> list[str]:
+    """Whether a tree was extracted before its image's name came to mean another image, which a docker arm would run."""
+    others = [arm.environment for arm in experiment.arms.values()]
+    images = {each.image for each in others if isinstance(each, DockerEnvironment)} - {"host"}
+    name = getattr(spec, "rootfs", "host")
+    if name == "host" or not images:
+        return []
+    tree = rootfs.load(Path(name))
+    try:
+        client = image.connect()
+    except UnavailableError:  # said of the docker arm
+        return []
+    try:
+        same = tree.origin not in images or image.inspect(client, tree.origin).image.id == tree.image_id
+    except (InputError, UnavailableError):  # likewise
+        return []
+    finally:
+        client.close()
+    why = f"{name} was extracted when {tree.origin} was another image: extract it again"
+    return [] if same else [why]
 
 
 def _environment_words(spec: environments.EnvironmentSpec) -> str:

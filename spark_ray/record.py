@@ -160,7 +160,7 @@ class AtSizing(Part):
 
 
 class End(Part):
-    """How a container ended, or a process with a memory cgroup of its own; empty for others."""
+    """How a container ended, or a process with a memory cgroup of its own; for others only what the host had to do."""
 
     container_id: Word | None = Field(default=None, description="the container")
     oom_killed: bool | None = Field(
@@ -168,6 +168,9 @@ class End(Part):
     )
     cgroup_peak_bytes: Size | None = Field(default=None, description="peak usage of its own group (isolated)")
     group_left: str | None = Field(default=None, description="why its own group could not be removed")
+    killed_by_host: bool | None = Field(
+        default=None, description="true: it had said its last word, did not end, and was killed for that"
+    )
     error: str | None = Field(default=None, description="the daemon's State.Error")
     inspect_error: str | None = Field(default=None, description="why the daemon could not be asked")
 
@@ -257,6 +260,7 @@ class HostView(Part):
 class AskedMatmul(Part):
     size: Size = Field(description="rows and columns")
     runs: Size = Field(description="products that are timed")
+    device: Literal["any", "cuda"] = Field(default="any", description="cuda: no product without a GPU")
 
 
 class Workload(Part):

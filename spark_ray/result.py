@@ -135,7 +135,7 @@ class Asked:
     configuration: dict[str, int | float]
     workload: dict[str, Any]
     memory_bytes: int | None = (
-        None  # all memory and swap of the host and its GPUs; None: unknown, or not held to it
+        None  # all that the engine can use: of the GPUs, or memory and swap; None: unknown, or not held to it
     )
 
 
@@ -184,6 +184,8 @@ def misfits(result: Result, asked: Asked) -> Iterator[Misfit]:
         if work.output_tokens > requests * asked.workload["output_tokens"]:
             yield ("measurements", "throughput", "output_tokens"), f"is {work.output_tokens}, more than asked"
     yield from _workload_misfits(result.measurements, asked.workload)
+    if result.failure is None:
+        yield from _unfinished(result.measurements, asked)
 
 
 def _double_misfits(found: Measurements, engine: dict[str, Any]) -> Iterator[Misfit]:
@@ -194,6 +196,22 @@ def _double_misfits(found: Measurements, engine: dict[str, Any]) -> Iterator[Mis
     if numbers and marked != wanted:
         said = "is true, engine.double was not set" if marked else "is not true, engine.double was set"
         yield ("measurements", "engine", "engine_is_double"), said
+
+
+_GENERATING = frozenset({"embedded", "tensorrt_llm"})  # the other engines serve no requests
+
+
+def _unfinished(found: Measurements, asked: Asked) -> Iterator[Misfit]:
+    """What a worker that met no failure must have measured, and has not; or did, unasked."""
+    work, asked_work = found.throughput, asked.workload
+    pairs: list[tuple[str, Part | None, object]] = [("matmul", found.matmul, asked_work.get("matmul"))]
+    if asked.engine["kind"] in _GENERATING:
+        pairs.append(("throughput", work, asked_work["requests"]))
+    for name, measured, wanted in pairs:
+        if (measured is not None) != bool(wanted):
+            yield ("measurements", name), f"is {'missing' if wanted else 'there, and was not asked for'}"
+    if work is not None and work.output_tokens < asked_work["requests"] * asked_work["output_tokens"]:
+        yield ("measurements", "throughput", "output_tokens"), f"is {work.output_tokens}, less than asked"
 
 
 def _workload_misfits(found: Measurements, asked: dict[str, Any]) -> Iterator[Misfit]:

@@ -25,7 +25,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from .errors import InputError, UnavailableError
+from .errors import InputError, UnavailableError, typed
 
 KERNEL_FOLDERS = ("dev", "proc", "sys")
 MOUNT_POINTS = (
@@ -103,7 +103,7 @@ def load(path: Path) -> Rootfs:
     if not path.is_dir() or not sidecar(path).is_file():
         raise UnavailableError(
             f"{path} is no rootfs with its description {sidecar(path)}",
-            mend=f"spark-ray rootfs extract IMAGE {path}",
+            mend=typed(f"rootfs extract IMAGE {path}", sudo=True),
         )
     try:
         rootfs = Rootfs.from_json(sidecar(path).read_text())
@@ -287,8 +287,8 @@ def debootstrap(
         finish(making)
         with suppress(FileNotFoundError):
             shutil.rmtree(making / "var/cache/apt/archives")
+        sha256 = content_sha256(making)
         making.rename(folder)
-    sha256 = content_sha256(folder)
     return save(
         Rootfs(folder, sha256, (), find_python(folder, PATH), {"PATH": PATH}, (), f"debootstrap:{suite}")
     )

@@ -21,6 +21,7 @@ from .rootfs import PATH, Rootfs
 
 _MACHINES = {b"\x3e\x00": "x86_64", b"\xb7\x00": "aarch64"}  # e_machine of ELF, little-endian
 _MOST_LINKS = 40
+_LEADING = {".pth", ".egg-link"}  # files by which site-packages names further folders
 _SHELL_STARTS = ("/etc/shinit_v2", "/etc/bash.bashrc")
 _DISTRIBUTION = ("/usr/lib/", "/lib/", "/usr/lib64/", "/lib64/")
 _ADDED = re.compile(r"\bLD_LIBRARY_PATH=[\"']?([^\"'\s;]+)")
@@ -116,11 +117,17 @@ def _entrypoint(rootfs: Rootfs) -> Iterator[Finding]:
 
 
 def _module(rootfs: Rootfs, python: str, module: str) -> Finding:
+    led_elsewhere = False
     for folder in _site_folders(rootfs, python):
         if (place := inside(rootfs.path, f"{folder}/{module}/__init__.py")) is not None:
             return Finding(module, "ok", f"/{place.parent.relative_to(rootfs.path)}")
+        here = inside(rootfs.path, folder)
+        led_elsewhere |= here is not None and any(path.suffix in _LEADING for path in here.iterdir())
     mend = f"{IMAGE_TREE}, of an image that holds it"
-    return Finding(module, "missing", f"no {module} where {python} of {rootfs.path} imports from", mend)
+    found = f"no {module} where {python} of {rootfs.path} imports from"
+    if led_elsewhere:  # only that interpreter knows
+        return Finding(module, "warn", f"{found}, unless a .pth file there leads to it", mend)
+    return Finding(module, "missing", found, mend)
 
 
 def _site_folders(rootfs: Rootfs, python: str) -> Iterator[str]:

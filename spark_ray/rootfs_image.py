@@ -6,6 +6,7 @@ NVIDIA's images set their library paths there, and a chroot without them finds t
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import shutil
@@ -17,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import driver
-from .errors import InputError
-from .image import inspect
+from .errors import InputError, UnavailableError, typed
+from .group import is_locked
+from .image import in_words, inspect
 from .rootfs import (
     KERNEL_FOLDERS,
     PATH,
@@ -38,34 +40,49 @@ _CACHE, _CONFIG, _NOTES = "etc/ld.so.cache", "etc/ld.so.conf", "var/cache/ldconf
 
 def extract(client: Any, image: str, folder: Path, progress: Callable[[int], None] | None = None) -> Rootfs:
     """The file system of an image that the engine has, as a tree. `progress` is told the bytes so far."""
+    if os.geteuid() != 0:
+        again = typed(f"rootfs extract {image} {folder}", sudo=True)
+        raise UnavailableError("unpacking an image with its owners needs root", mend=again)
     folder = vacant(folder)
     facts = inspect(client, image)
+    _remove_unfinished(folder)
     _room(folder, facts.size_bytes)
-    never_run = ["spark_ray never starts this"]
-    container = client.containers.create(
-        facts.image.id, never_run, network_mode="none", labels={"spark_ray.purpose": "extract"}
-    )
-    try:
-        with in_the_making(folder) as making:
-            unpack(container.export(chunk_size=1 << 20), making, progress)
-            renew_loader_cache(making)
-            finish(making)
-            making.rename(folder)
-    finally:
-        container.remove(force=True, v=True)
-    return save(
-        Rootfs(
+    with in_words(f"unpacking {image}"), in_the_making(folder) as making:
+        _export(client, facts.image.id, making, progress)
+        renew_loader_cache(making)
+        finish(making)
+        # Before the renaming, as hashing takes minutes: a folder without its description would be in the way.
+        made = Rootfs(
             path=folder,
-            sha256=content_sha256(folder),
+            sha256=content_sha256(making),
             mounts=(),
-            python=find_python(folder, facts.env.get("PATH", PATH)),
+            python=find_python(making, facts.env.get("PATH", PATH)),
             env=facts.env,
             entrypoint=facts.entrypoint,
             origin=image,
             cwd=facts.cwd,
             image_id=facts.image.id,
         )
+        making.rename(folder)
+    return save(made)
+
+
+def _export(client: Any, image_id: str, making: Path, progress: Callable[[int], None] | None) -> None:
+    never_run = ["spark_ray never starts this"]
+    container = client.containers.create(
+        image_id, never_run, network_mode="none", labels={"spark_ray.purpose": "extract"}
     )
+    try:
+        unpack(container.export(chunk_size=1 << 20), making, progress)
+    finally:
+        container.remove(force=True, v=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What an extraction to the same folder left when it was killed: as large as a whole tree, and hidden."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????"):  # as `in_the_making` names them
+        if left.is_dir() and not left.is_symlink() and not is_locked(left):
+            shutil.rmtree(left)
 
 
 def _room(folder: Path, needed_bytes: int) -> None:

@@ -3,16 +3,16 @@
 Minutes, on a Spark and elsewhere. Three parts: the findings of `doctor --spark`; whether page cache takes away what CUDA
 calls free (1 GiB of it is filled and given back); the probe engine twice natively, in a chroot and in Docker, over main
 memory and, where there is a GPU, over cudaMemGetInfo. A fourth on request: TensorRT-LLM once in each.
-What cannot be done here is said, and nothing is left behind. No path of the user's and no name of the machine is in it.
+What cannot be done here is said. No path of the user's and no name of the machine is in the block. The runs and what they
+filled are gone afterwards; the tree made from this interpreter and its image stay, as after any run.
 """
 
 from __future__ import annotations
 
-import getpass
+import contextlib
 import json
-import re
 import shutil
-import socket
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cuda_view, page_cache, spark_check
+from . import cuda_view, digest, image, page_cache, reap, redact, spark_check
 from .doctor import environment_summary
-from .errors import SparkRayError
+from .errors import SparkRayError, UnavailableError
 from .store import Store
 from .units import GIB, MIB, format_bytes, format_duration
 from .worker import observe
@@ -33,7 +33,8 @@ from .worker import observe
 FILL_BYTES = 1 * GIB
 MOVED_SHARE = 0.9  # of the fill: what counts as "fell by it"
 STILL_BYTES = 128 * MIB  # what a quiet machine's MemFree moves by itself
-RUN_LIMIT_S = 540
+RUN_LIMIT_S, ENGINE_LIMIT_S = 540, 1200
+STOP_S = 60  # a run that is asked to end writes its records and removes what it started
 
 Say = Callable[[str], None]
 
@@ -153,7 +154,7 @@ def probe_experiment(blocks: int, view: str) -> dict[str, Any]:
             "docker": {"environment": {"kind": "docker", **gpus}, "required": False},
         },
         "contrast": {"baseline": "native", "against": "again"},
-        "limits": _limits("2min"),
+        "limits": _limits("2min", "30s"),
     }
 
 
@@ -178,7 +179,7 @@ def engine_experiment(options: Options) -> dict[str, Any]:
         "workload": {"requests": 8, "input_tokens": 64, "output_tokens": 32},
         "search": _search(1, 8, 2048, 0.5),
         "arms": arms,
-        "limits": _limits("4min"),
+        "limits": _limits("4min", "3min"),
     }
 
 
@@ -187,15 +188,16 @@ def _search(blocks: int, batch: int, tokens: int, fraction: float) -> dict[str, 
     return {"sampler": "grid", "blocks": blocks, "repetitions": blocks, "space": space}
 
 
-def _limits(timeout: str) -> dict[str, Any]:
+def _limits(timeout: str, memory_wait: str) -> dict[str, Any]:
+    """`memory_wait`: an engine's memory was seen to take a minute and more to come back, a probe takes none."""
     return {
-        "trial_timeout": timeout, "memory_wait": "30s", "memory_tolerance": "2GiB", "cache_tolerance": "8GiB",
+        "trial_timeout": timeout, "memory_wait": memory_wait, "memory_tolerance": "2GiB", "cache_tolerance": "8GiB",
         "gate": {"longest": "30s", "temperature_celsius": None}, "watchdog": "2GiB",
     }  # fmt: skip
 
 
-def run_part(experiment: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """Execute an experiment by a process of its own, and say what its records say."""
+def run_part(experiment: Mapping[str, Any], folder: Path, limit_s: float = RUN_LIMIT_S) -> Iterator[str]:
+    """Execute an experiment by a process of its own, and say what its records say, also of one that had to be ended."""
     file, run = folder / f"{experiment['name']}.yaml", folder / str(experiment["name"])
     file.write_text(json.dumps(experiment))  # JSON is YAML
     roots = [word for path in _named(experiment) for word in ("--allow-root", path)]
@@ -210,27 +212,65 @@ def run_part(experiment: Mapping[str, Any], folder: Path) -> Iterator[str]:
         str(run),
         *roots,
     ]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=RUN_LIMIT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        yield f"not done within {format_duration(RUN_LIMIT_S)}"
-        return
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said, in_time = _ended(process, limit_s)
+    if not in_time:
+        yield f"not done within {format_duration(limit_s)}; until then:"
+        _remove_leftovers(run)
     if not (run / "plan.json").is_file():
-        yield from (f"not done, exit {done.returncode}:", *done.stderr.strip().splitlines()[-12:])
+        yield from (f"not done, exit {process.returncode}:", *said.strip().splitlines()[-12:])
         return
     store = Store.read(run)
-    yield from describe([record for record in store.records() if record["standing"] != "superseded"])
+    records = [record for record in store.records() if record["standing"] != "superseded"]
+    yield from describe(records)
+    for record in records:
+        yield from _log_of(record, store)
     for arm, problems in store.plan.get("left_out", {}).items():
         yield f"{arm:8}not done: {'; '.join(problems)}"
-    if done.returncode:
-        yield from (f"exit {done.returncode}:", *done.stderr.strip().splitlines()[-6:])
+    if process.returncode:
+        yield from (f"exit {process.returncode}:", *said.strip().splitlines()[-6:])
+
+
+def _ended(process: subprocess.Popen[str], limit_s: float) -> tuple[str, bool]:
+    """(what it said on standard error, whether it ended by itself). One that did not is asked to, then killed."""
+    try:
+        return process.communicate(timeout=limit_s)[1], True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:  # the terminal has told it as well
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        process.kill()
+        raise
+    try:
+        return process.communicate(timeout=STOP_S)[1], False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[1], False
+
+
+def _remove_leftovers(run: Path) -> None:
+    """What a run that was killed leaves: a container, a fill."""
+    try:
+        client = image.connect(timeout_s=10)
+    except UnavailableError:
+        client = None
+    try:
+        for one in reap.leftovers(run, client):
+            reap.remove(one, client)
+    finally:
+        if client is not None:
+            client.close()
+
+
+def _log_of(record: Mapping[str, Any], store: Store) -> Iterator[str]:
+    """How the log of a trial without an answer ends: the folder that holds it is about to go."""
+    folder = store.attempt_folder(record["trial_id"], record["attempt"])
+    for line in digest.lines(record, folder):
+        if line.startswith("worker.log "):
+            yield f"  {record['block_id']} {record['arm']} {line}"
 
 
 def _named(experiment: Mapping[str, Any]) -> list[str]:
@@ -296,7 +336,9 @@ def _terms(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             for key, value in sizing.items()
             if key.endswith("_bytes") and value
         }
-        yield f"{record['arm']:8}{named}; " + ", ".join(
+        gpu = (record.get("content") or {}).get("gpu") or {}
+        given = f"GPU by {gpu['exposure']}; " if gpu else ""
+        yield f"{record['arm']:8}{named}; {given}" + ", ".join(
             f"{key} {format_bytes(value)}" for key, value in sizes.items()
         )
 
@@ -321,7 +363,7 @@ def parts(options: Options, folder: Path, seen: spark_check.Readings) -> Iterato
     else:
         yield "probe, cudaMemGetInfo", run_part(probe_experiment(options.blocks, "cuda"), folder)
     if options.model is not None:
-        yield "TensorRT-LLM", run_part(engine_experiment(options), folder)
+        yield "TensorRT-LLM", run_part(engine_experiment(options), folder, ENGINE_LIMIT_S)
 
 
 def run(options: Options, base: Path, say: Say = lambda text: None) -> str:  # noqa: ARG005
@@ -338,7 +380,7 @@ def run(options: Options, base: Path, say: Say = lambda text: None) -> str:  # n
             say(f"{heading} ...")
             lines += ["", heading, *(f"  {line}" for line in _all(found))]
         lines += ["", f"took {format_duration(time.monotonic() - started)}", "```"]
-        return clean("\n".join(lines), private(folder, base))
+        return redact.clean("\n".join(lines), redact.private(folder, base, options.model))
 
 
 def _all(found: Iterator[str]) -> Iterator[str]:
@@ -347,19 +389,3 @@ def _all(found: Iterator[str]) -> Iterator[str]:
         yield from found
     except SparkRayError as error:
         yield f"not done: {error.message}"
-
-
-def private(folder: Path, base: Path) -> list[tuple[str, str]]:
-    """What is the user's own, and what stands for it; longer ones first."""
-    names = [(getpass.getuser(), "USER"), (socket.gethostname(), "HOST")]
-    places = [(str(folder), "WORK"), (str(base.absolute()), "."), (str(Path.home()), "~")]
-    known = [(text, mark) for text, mark in places if text != "/"]
-    return known + [(text, mark) for text, mark in names if len(text) > 2 and text != "root"]
-
-
-def clean(text: str, known: Sequence[tuple[str, str]]) -> str:
-    """The text without what is the user's own."""
-    for found, mark in known:
-        # A path ends where a part of it ends, and a name is a word: `al` is not in `all`.
-        text = re.sub(rf"(?<![\w.-]){re.escape(found)}(?![\w-])", mark, text)
-    return text

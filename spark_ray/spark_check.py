@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cuda_view, image, nvml
+from . import cdi, cuda_view, image, nvml, rootfs
 from .doctor import Check, watchdog_check
-from .errors import InputError, UnavailableError
+from .errors import InputError, UnavailableError, typed
 from .rootact import RootActs
 from .units import GIB, MIB, format_bytes
 from .worker import observe
@@ -24,10 +24,12 @@ from .worker import observe
 IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc13"
 """As in experiments/spark_kv_divergence.yaml."""
 ROOTFS = "rootfs/tensorrt-llm"
+MODELS = "models"
 PAGE = "docs/spark.md"
 
 # Estimates: sizes of NVIDIA's images are not known beforehand, and those of earlier ones were 17 to 32 GB.
 IMAGE_BYTES, ROOTFS_BYTES, MODEL_BYTES = 40 * GIB, 40 * GIB, 20 * GIB
+RUN_BYTES = 9 * GIB  # of the map: its page-cache fill, and its records
 MEMORY_BYTES = 115 * GIB  # a Spark has 119.6 to 121.7 GiB, as its firmware is
 FREE_BYTES = 100 * GIB
 SAME_BYTES = 64 * MIB  # two readings of one number, a moment apart
@@ -61,11 +63,13 @@ class Readings:
     cuda: cuda_view.Reading | str
     docker: DockerFacts
     cdi_files: tuple[str, ...]
+    cdi_error: str
     memlock_bytes: int | None
     """None: unlimited."""
     disks: dict[str, tuple[int, int]]
     """By folder: its file system and what is free there."""
     has_rootfs: bool
+    has_model: bool
     root_acts: tuple[bool, str]
     killers: tuple[str, ...]
     watchdog: Check
@@ -84,6 +88,7 @@ def look(
     """Read this host. `folder`: where the rootfs and the models will lie."""
     gpus, no_gpu = _gpus()
     docker = _docker()
+    cdi_files, cdi_error = _cdi_files(etc / "cdi", var_run / "cdi")
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return Readings(
         machine=platform.machine(),
@@ -94,10 +99,12 @@ def look(
         no_gpu=no_gpu,
         cuda=cuda_view.once(cuda_command),
         docker=docker,
-        cdi_files=tuple(_cdi_files(etc / "cdi", var_run / "cdi")),
+        cdi_files=cdi_files,
+        cdi_error=cdi_error,
         memlock_bytes=None if soft == resource.RLIM_INFINITY else soft,
         disks={place: _disk(Path(place)) for place in {str(folder), docker.root}},
-        has_rootfs=(folder / ROOTFS).is_dir(),
+        has_rootfs=rootfs.sidecar(folder / ROOTFS).is_file() and (folder / ROOTFS).is_dir(),
+        has_model=any((folder / MODELS).glob("*/config.json")),
         root_acts=RootActs().available(),
         killers=tuple(_running(proc, KILLERS)),
         watchdog=watchdog_check(),
@@ -150,13 +157,17 @@ def _system(etc: Path) -> str:
     return ", ".join(found) or "unknown"
 
 
-def _cdi_files(*folders: Path) -> Iterator[str]:
-    """Files of the Container Device Interface that describe an NVIDIA GPU."""
-    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
-        if path.suffix in {".yaml", ".yml", ".json"}:
-            with path.open(errors="replace") as stream:
-                if "nvidia.com/gpu" in stream.read(1 << 16):
-                    yield str(path)
+def _cdi_files(*folders: Path) -> tuple[tuple[str, ...], str]:
+    """Files of the Container Device Interface that describe an NVIDIA GPU; and what is wrong with one that should."""
+    found: list[str] = []
+    for folder in folders:
+        try:
+            for path, document in cdi.specifications(folder):
+                cdi.read(document, str(path))  # or it says what is wrong
+                found.append(str(path))
+        except InputError as error:
+            return tuple(found), error.message
+    return tuple(found), ""
 
 
 def _disk(place: Path) -> tuple[int, int]:
@@ -309,8 +320,10 @@ def _containers(seen: Readings) -> Iterator[Check]:
     ways += [f"CDI in {', '.join(seen.cdi_files)}"] if seen.cdi_files else []
     found = "; ".join(ways) or "neither the runtime nvidia nor a CDI description of the GPU"
     mend = "sudo nvidia-ctk runtime configure --runtime=docker, then sudo systemctl restart docker"
-    yield _judged("docker gpu", bool(ways), found, mend, needed=True)
-    pull, extract = f"spark-ray image pull {IMAGE}", f"sudo spark-ray rootfs extract {IMAGE} {ROOTFS}"
+    if seen.cdi_error:
+        found, mend = f"{found}; {seen.cdi_error}", cdi.MEND
+    yield _judged("docker gpu", bool(ways) and not seen.cdi_error, found, mend)
+    pull, extract = typed(f"image pull {IMAGE}"), typed(f"rootfs extract {IMAGE} {ROOTFS}", sudo=True)
     yield _judged("image", docker.has_image, f"{IMAGE}{'' if docker.has_image else ' is not here yet'}", pull)
     yield _judged(
         "rootfs", seen.has_rootfs, f"{ROOTFS}{'' if seen.has_rootfs else ' is not here yet'}", extract
@@ -320,7 +333,8 @@ def _containers(seen: Readings) -> Iterator[Check]:
 def _space(seen: Readings) -> Iterator[Check]:
     """What is still to come, by file system."""
     folder = next((place for place in seen.disks if place != seen.docker.root), seen.docker.root)
-    wanted = {folder: MODEL_BYTES + (0 if seen.has_rootfs else ROOTFS_BYTES)}
+    missing_bytes = (0 if seen.has_model else MODEL_BYTES) + (0 if seen.has_rootfs else ROOTFS_BYTES)
+    wanted = {folder: RUN_BYTES + missing_bytes}
     if not seen.docker.has_image:
         wanted[seen.docker.root] = wanted.get(seen.docker.root, 0) + IMAGE_BYTES
     by_disk: dict[int, list[str]] = {}

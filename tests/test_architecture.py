@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spark_ray"
 LAYERS = [
-    {"worker"}, {"errors", "units", "diagnose", "guestfiles", "roots"}, {"nvml", "driver", "cuda_view"}, {"spec"}, {"engines", "environment_spec", "conditions"}, {"experiment"}, {"privileged", "isolate", "tether", "ballast_process", "watchdog_process", "watchdog", "capabilities"}, {"rootact"}, {"group"},
+    {"worker"}, {"errors", "units", "diagnose", "guestfiles", "roots", "redact"}, {"nvml", "driver", "cuda_view"}, {"spec"}, {"engines", "environment_spec", "conditions"}, {"experiment"}, {"privileged", "isolate", "tether", "ballast_process", "watchdog_process", "watchdog", "capabilities"}, {"rootact"}, {"group"},
     {"rootfs_host"}, {"rootfs"}, {"rootfs_check"}, {"image"}, {"rootfs_image"}, {"environments"}, {"page_cache", "ballast", "compile_cache"}, {"treatments"}, {"cluster"}, {"explain"}, {"config"}, {"plan", "duration", "cdi", "double"},
     {"measurements"}, {"result"}, {"divergence", "outcome", "plausible", "observation", "host_view"}, {"record", "ledger"}, {"store"}, {"host", "guest", "receive", "footprint"}, {"guest_podman", "sampler", "gate", "guard"}, {"attend"}, {"native_tensorrt_llm"}, {"content"}, {"launch", "reap", "digest"}, {"execute"}, {"actors", "search"}, {"orchestrator"},
     {"preview"}, {"pin"}, {"terminal", "opening"}, {"running", "completion"}, {"several"}, {"sweep", "doctor"}, {"spark_check"}, {"selftest"}, {"cli"}, {"__main__"},

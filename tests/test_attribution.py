@@ -374,6 +374,49 @@ def test_a_device_whose_total_is_not_all_memory_is_a_device():
 # ---- the audit of the law ---------------------------------------------------------------------------------
 
 
+def test_an_engine_in_a_process_below_the_worker_is_no_other_process():
+    """`worker: mpi`: the worker has nothing on the device, or its context only."""
+    plain, marked = (on_device(400, 300, 60) for _ in range(2))
+    for each, pid in ((plain, 7), (marked, 5)):
+        each["host"]["outside"] = {"worker_pid": pid}
+    (device,) = marked["host"]["observations"][-1]["gpus"]
+    device["processes"][0]["own"] = True
+    names = ("own", "others", "driver")
+    of = [
+        [sizing.of_record(each)[f"sizing_device_{name}_bytes"] for name in names] for each in (plain, marked)
+    ]
+    assert of[0] == of[1] == [5 * GIB + 400 * MIB, 300 * MIB, 60 * MIB]
+    device["processes"].append({"pid": 5, "used_bytes": 10 * MIB})  # the worker's context
+    device["memory_used_bytes"] += 10 * MIB
+    assert sizing.of_record(marked)["sizing_device_own_bytes"] == of[0][0] + 10 * MIB
+
+
+def audit_of(second_source=True, moment="hook"):
+    """What the audit says of two records that tell their capacity and their sizing moment so."""
+    records = [tensorrt_llm(arm) for arm in ("empty", "full")]
+    for each in records:
+        each["engine"] = {"kind": "tensorrt_llm"}
+        measured = each["result"]["measurements"]
+        measured["engine"] = {"name": "TensorRT-LLM", "version": "1.2.1", "sizing_moment": moment}
+        if second_source:
+            measured["kv_cache"]["second_source"] = {"bytes": measured["kv_cache"]["bytes"], "source": "log"}
+    trials = table(*records)
+    trials["standing"] = "counts"
+    seen = findings.Evidence({}, trials, contrasts.pairs(trials, ("empty", "full"), "empty"), {}, ("empty", "full"), "empty", "full", 0)  # fmt: skip
+    return [(each.severity, each.sentence) for each in audit.findings(seen)]
+
+
+def test_a_capacity_that_one_source_told_and_a_sizing_that_nobody_saw_are_said():
+    alone, unseen = "KV capacity rests on one source alone", "the engine sized its pool unseen"
+
+    def said(found):
+        return [(severity, words) for severity, text in found for words in (alone, unseen) if words in text]
+
+    assert said(audit_of()) == said(audit_of(moment="log line")) == []
+    assert said(audit_of(second_source=False)) == [("doubt", alone)]
+    assert said(audit_of(moment="before start")) == [("doubt", unseen)]
+
+
 def law_findings(**changes):
     """What the audit says of the law when both records have these values in their sizing (numbers: so much more)."""
     records = [tensorrt_llm(arm) for arm in ("empty", "full")]
@@ -494,6 +537,44 @@ def rivals_of(base, arm):
     return [row.name for row in fingerprint.rivals(rows, ("empty", "full"), "empty", "full")]
 
 
+def varying(arm, *versions):
+    return [evidenced(arm, python=each) for each in versions]
+
+
+@pytest.mark.parametrize(
+    ("base", "arm", "differ"),
+    [
+        ("aaaa", "bbbb", True),
+        ("aaaa", "aaaa", False),
+        ("abcde", "abcdf", False),  # both vary, and share values: that is noise
+        ("abc", "def", True),
+        ("abcd", "abce", False),
+        ("abcx", "abcy", False),
+        ("a", "ab", True),
+        ("bcd", "bcde", False),
+        ("bcd", "efgh", True),
+    ],
+)
+def test_arms_that_both_vary_differ_where_they_have_no_value_in_common(base, arm, differ):
+    records = [*varying("empty", *base), *varying("full", *arm)]
+    rows = fingerprint.compare(records, ("empty", "full"))
+    rivals = fingerprint.rivals(rows, ("empty", "full"), "empty", "full")
+    assert [row.name for row in rivals] == (["python"] if differ else [])
+
+
+def test_of_many_values_those_come_first_that_the_other_arm_has_not():
+    rows = fingerprint.compare([*varying("empty", *"abcd"), *varying("full", *"abcde")], ("empty", "full"))
+    (row,) = (row for row in rows if row.name == "python")
+    assert row.values == ("varies: a, b, c, …", "varies: e, a, b, …")
+
+
+def test_amounts_in_an_engines_warnings_are_those_of_one_attempt():
+    base, arm = evidenced("empty"), evidenced("full")
+    for found, amount in ((base, 5), (arm, 77)):
+        found["result"]["measurements"]["engine"] = {"log_warnings": f"lines disagree ({amount})"}
+    assert rivals_of(base, arm) == []
+
+
 def test_a_bound_driver_library_is_the_same_file():
     base = evidenced("empty", libraries=["/usr/lib/libcuda.so.580", "/lib/libc.so.6"])
     arm = evidenced("full", "docker", libraries=["/spark_ray/driver/libcuda.so.1", "/lib/libc.so.6"])
@@ -549,6 +630,35 @@ def test_what_differs_comes_before_what_was_measured(tmp_path):
 
 
 # ---- what the host says against it ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generated", [True, False])
+def test_what_a_capacity_was_not_held_against_is_said(tmp_path, generated):
+    lacking = {"throughput": "the memory bandwidth is not known", "weights_above": "states may count"}
+
+    def records(block, arm):
+        found = record(block, arm, engine="tensorrt_llm")
+        found["host"]["plausibility"] = {
+            "held": [],
+            "violated": {},
+            "not_applied": lacking if arm == "full" else {},
+        }
+        measured = found["result"]["measurements"]
+        measured.pop("throughput", None)
+        if generated:
+            measured["throughput"] = {"output_throughput_tokens_per_s": 9.0}
+        if block.index:
+            measured["kv_cache"]["second_source"] = {"bytes": measured["kv_cache"]["bytes"], "source": "log"}
+        return [found]
+
+    summary = report.write(compose(tmp_path / "run", records, engine="tensorrt_llm"))
+    said = {each["sentence"]: each["severity"] for each in summary["findings"]}
+    (alone,) = (words for words in said if "rests on one source alone in 2 trials" in words)
+    (bounds,) = (words for words in said if "Not every bound" in words)
+    assert (said[alone], said[bounds]) == ("doubt", "note")
+    assert "in 4 trials" in bounds
+    assert "weights above: states may count" in bounds
+    assert ("throughput: the memory bandwidth is not known" in bounds) == generated
 
 
 def test_every_doubt_of_gate_guard_watchdog_and_ledger_is_raised(tmp_path):

@@ -1,8 +1,10 @@
 """NVIDIA's trtllm-bench as the workload, against a small stand-in of the tool: what it is given, and what is read back."""
 
+import hashlib
 import json
 import os
 import stat
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -63,6 +65,14 @@ REPORT = {
     "performance": {"total_latency_ms": 500.0, "system_output_throughput_tok_s": 42.0},
 }
 MS = {"minimum": 1.0, "maximum": 9.0, "average": 4.0, "p50": 4.0, "p90": 8.0, "p95": 8.5, "p99": 9.0}
+
+
+def half_served():
+    performance = {"total_latency_ms": 500.0, "system_output_throughput_tok_s": 40.0}
+    return REPORT | {
+        "request_info": REPORT["request_info"] | {"avg_output_length": 20 / 3},
+        "performance": performance,
+    }
 
 
 class Rig:
@@ -145,6 +155,7 @@ def test_a_trial_reads_its_pool_from_the_log_and_its_tokens_from_the_report(rig)
     assert (found.throughput.source, found.engine.version) == ("trtllm-bench", "1.1.0rc3")
     assert found.model.bytes_per_token == found.kv_cache.bytes_per_token == 73728
     assert found.engine.engine_is_double is None
+    assert "worker" not in found.engine.model_dump(), "what was asked was not observed"
 
 
 @pytest.mark.process
@@ -197,11 +208,17 @@ def test_what_the_tool_is_given(rig):
     [
         ({"status": 1, "log": "Traceback\nValueError: no such option\n"}, bench.BenchFailed, "ended with status 1: ValueError: no such option"),
         ({"status": 1, "log": "Executor creation failed due to insufficient GPU memory.\n"}, session.OutOfMemory, "insufficient GPU memory"),
+        ({"status": 1, "log": LOG + "CUDA out of memory. Tried to allocate 2.00 GiB.\n"}, session.OutOfMemory, "Tried to allocate 2"),
+        ({"status": 1, "log": "CUDA out of memory. Tried to allocate 2.00 GiB.\n" + LOG + "ValueError: x\n"}, bench.BenchFailed, "status 1: ValueError: x"),
+        ({"status": 1, "log": f"{I}Adjusted max_seq_len to 8224\nValueError: in the dry run\n"}, bench.BenchFailed, "status 1: ValueError: in the dry run"),
+        ({"status": 1, "log": f"{I}[Autotuner] Failed when profiling x. Error: CUDA out of memory. Tried to allocate 2.00 GiB.\nptxas fatal\n"}, bench.BenchFailed, "ptxas fatal"),
         ({"status": 1, "log": LOG + f"{I}Adjusted max_seq_len to 128\n"}, session.Infeasible, "Adjusted max_seq_len to 128"),
         ({"log": LOG + f"{I}Adjusted max_seq_len to 128\n"}, session.Infeasible, "reduced what one request may hold"),
         ({"log": LOG.replace("86720", "64").replace("2710", "2").replace("5.95 GiB for", "0.00 GiB for")}, session.Infeasible, "one request of max_seq_len 2048"),
         ({"log": "nothing\n", "seen": True}, bench.BenchFailed, "its log does not tell it either"),
         ({"log": LOG.replace("5.95 GiB for", "9.95 GiB for")}, bench.BenchFailed, "bytes for 86720 tokens"),
+        ({"log": LOG.replace("fraction is set 0.9", "fraction is set 0.8")}, tensorrt_llm_api.UnsupportedError, r"memory_fraction 0\.9 did not take effect"),
+        ({"report": half_served()}, RuntimeError, "3 requests made 20 tokens, asked were 3 and 21"),
         ({"report": None}, bench.BenchFailed, "no report that can be read"),
         ({"report": {}}, bench.BenchFailed, "lacks or garbles 'world_info'"),
         ({"report": REPORT | {"world_info": REPORT["world_info"] | {"kv_cache_percentage": 0.8}}}, bench.BenchFailed, "kv_cache_percentage 0.8, asked was 0.9"),
@@ -231,6 +248,36 @@ def test_a_double_where_none_was_asked_for_and_the_other_way_round(rig):
     rig.engine = {"double": "tests/double"}
     with pytest.raises(bench.BenchFailed, match=r"is no double, and engine\.double says otherwise"):
         rig.run()
+
+
+@pytest.mark.process
+def test_a_double_that_lies_elsewhere_is_known_by_what_it_says_of_itself(rig):
+    (rig.folder / "site/tensorrt_llm/__init__.py").write_text(PACKAGE + "ENGINE_IS_DOUBLE = True\n")
+    with pytest.raises(bench.BenchFailed, match=r"is a double, and engine\.double says otherwise"):
+        rig.run()
+    assert not (rig.folder / "words.json").exists()
+
+
+@pytest.mark.process
+def test_weights_that_the_log_does_not_tell_leave_the_rest_of_the_identity(rig):
+    found = rig.run(
+        log="".join(line for line in LOG.splitlines(keepends=True) if "(inside torch)" not in line)
+    )
+    assert found.model.weight_bytes is None
+    assert found.model.config_sha256 == hashlib.sha256((rig.model / "config.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.process
+def test_a_process_that_outlives_the_tool_is_ended_and_does_not_hide_its_answer(rig, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as rank:
+        lingering = tensorrt_llm_api.Child(rank.pid, tensorrt_llm_api._state(rank.pid), "python3")
+        found = iter([[], [lingering]])
+        monkeypatch.setattr(tensorrt_llm_api, "children", lambda: next(found))
+        monkeypatch.setattr(tensorrt_llm_api, "SHUTDOWN_S", 0.1)
+        with pytest.raises(session.OutOfMemory):
+            rig.run(status=1, log="Executor creation failed due to insufficient GPU memory.\n")
+        assert rank.wait(10) < 0
+    assert rig.found["engine"]["killed_at_shutdown"] == "python3"
 
 
 def test_without_the_tool_it_says_so(rig):

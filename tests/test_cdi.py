@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_ray import cdi, content, driver, image
-from spark_ray.environment_spec import DockerEnvironment
+from spark_ray.environment_spec import ChrootEnvironment, DockerEnvironment
 from spark_ray.environments import Content, Gpu, docker
 from spark_ray.errors import InputError
 from spark_ray.experiment import Experiment
@@ -159,6 +159,27 @@ def test_a_broken_one_is_named_with_its_place(host, tmp_path, change, place):
     with pytest.raises(InputError, match=rf"nvidia\.yaml is no CDI specification: {place}") as caught:
         cdi.find()
     assert "nvidia-ctk cdi generate" in caught.value.mend
+
+
+def test_a_broken_file_is_ours_only_if_it_speaks_of_our_gpu(host, tmp_path):
+    put(tmp_path / "etc", host[1])
+    (tmp_path / "etc/a.yaml").write_text("kind: vendor.com/nic\ndevices: [")
+    (tmp_path / "etc/b.json").write_bytes(b"\xff")
+    assert cdi.find().source == str(tmp_path / "etc/nvidia.yaml")
+    (tmp_path / "etc/c.yaml").write_text("kind: nvidia.com/gpu\ndevices: [")
+    with pytest.raises(InputError, match=r"c\.yaml is no CDI specification") as caught:
+        cdi.find()
+    assert "nvidia-ctk cdi generate" in caught.value.mend
+
+
+def test_a_broken_specification_is_a_problem_of_the_arms_that_need_it_and_no_other(host, tmp_path):
+    put(tmp_path / "etc", host[1] | {"devices": "all"})
+    (found,) = content.environment_problems(ChrootEnvironment(kind="chroot", gpus="all"))
+    assert "is no CDI specification" in found.what
+    assert content.environment_problems(ChrootEnvironment(kind="chroot")) == []
+    data = experiment_data(kind="probe", memory_view="cuda")
+    (found,) = content.engine_problems(Experiment.model_validate(data))
+    assert "is no CDI specification" in found.what
 
 
 PLAIN = st.recursive(

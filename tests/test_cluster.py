@@ -1,6 +1,7 @@
 """cluster.yaml is Ray's file; we read nodes and slots from it."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_ray_accepts_the_file_of_the_repository():
     prepared = ray.prepare_config(plain)
     ray.validate_config(prepared)
     assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 1
+
+
+def test_only_what_is_installed_is_copied_and_nothing_that_a_run_or_an_image_leaves():
+    root = CLUSTER.parent
+    mounts = yaml.safe_load(CLUSTER.read_text())["file_mounts"]
+    named = {target: (root / source).resolve() for target, source in mounts.items()}
+    assert all(path.exists() and target == f"~/spark_ray/{path.name}" for target, path in named.items())
+    ignored = [line.strip("/") for line in (root / ".gitignore").read_text().splitlines() if line[0] in "/."]
+    for left in (*ignored, ".git"):
+        assert not [path for path in named.values() if (root / left).is_relative_to(path)], left
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    needed = [
+        *packages,
+        "pyproject.toml",
+        "constraints.txt",
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+    ]
+    assert {path.name for path in named.values()} == set(needed)
 
 
 def test_every_start_command_caps_the_object_store_and_turns_the_memory_monitor_off():

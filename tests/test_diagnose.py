@@ -156,6 +156,12 @@ def test_only_a_digest_of_the_same_repository_pins():
         image.pinned(Engine(digests=[other]), "debian:12")
 
 
+def test_a_file_that_is_not_there_is_no_image(tmp_path):
+    with pytest.raises(InputError, match="there is no experiment"):
+        pin.experiment_in(str(tmp_path / "typo.yaml"))
+    assert pin.experiment_in("debian:12") is None
+
+
 def test_the_file_of_an_experiment_keeps_all_but_the_name(tmp_path):
     text = f"# why\narms:\n  a: {{environment: {{kind: docker, image: {REFERENCE}, gpus: all}}}}\n  b:\n    environment:\n      image: '{REFERENCE}'  # as tested\n      other-image: {REFERENCE}x\n"
     path = tmp_path / "x.yaml"

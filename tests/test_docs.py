@@ -151,6 +151,7 @@ def understand(words, folder):
             done = run(str(Path(sys.executable).parent / "hf"), "download", "--help")
             assert "--local-dir" in done.stdout, done.stderr
         case ["ray", "up" | "down" as verb, file]:
+            assert name == ".venv/bin/ray", "no other ray is installed"
             assert config.load_cluster(ROOT / file).nodes
             pytest.importorskip("ray")
             done = run(str(Path(sys.executable).parent / "ray"), verb, "--help")

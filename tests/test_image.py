@@ -9,7 +9,7 @@ import docker
 import pytest
 
 from spark_ray import image, rootfs, rootfs_image
-from spark_ray.errors import InputError, UnavailableError
+from spark_ray.errors import InputError, UnavailableError, typed
 
 pytestmark = pytest.mark.docker
 TAG = f"spark_ray/test-{os.getpid()}"  # its own: test runs may share the engine
@@ -116,7 +116,7 @@ def test_a_missing_image_is_never_pulled(client, reference, tmp_path):
     ):
         with pytest.raises(UnavailableError, match=reference) as caught:
             act()
-        assert caught.value.mend == f"spark-ray image pull {reference}"
+        assert caught.value.mend == typed(f"image pull {reference}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,6 +183,31 @@ def test_a_broken_export_leaves_nothing(client, small, tmp_path, monkeypatch):
         rootfs_image.extract(client, made.id, tmp_path / "deep/back")
     assert list((tmp_path / "deep").iterdir()) == []
     assert containers(client) == before
+
+
+def test_the_description_is_there_as_soon_as_the_tree_is(client, small, tmp_path, monkeypatch):
+    """Hashing takes minutes on a real image; a tree that is ended there would be in its own way."""
+    made = image.build(client, small, f"{TAG}:small")
+
+    def ended(_tree):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rootfs_image, "content_sha256", ended)
+    with pytest.raises(KeyboardInterrupt):
+        rootfs_image.extract(client, made.id, tmp_path / "deep/back")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_stream_that_is_cut_is_said_in_words(client, small, tmp_path, monkeypatch):
+    made = image.build(client, small, f"{TAG}:small")
+    real = rootfs_image.unpack
+    monkeypatch.setattr(
+        rootfs_image,
+        "unpack",
+        lambda chunks, folder, progress: real([b"".join(chunks)[:400_000]], folder, progress),
+    )
+    with pytest.raises(UnavailableError, match=f"unpacking {made.id} failed"):
+        rootfs_image.extract(client, made.id, tmp_path / "back")
 
 
 def test_the_host_tree_survives_the_way_back(client, host, made, tmp_path):

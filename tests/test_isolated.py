@@ -222,10 +222,11 @@ def test_a_kill_from_outside_is_disturbed(bench):
 
 @pytest.mark.process
 @pytest.mark.root
-def test_what_leaves_the_session_goes_with_the_group(bench):
-    """A grandchild in a session of its own, whose supervisor is killed with everything else of the first one."""
-    one = bench({"root": "host", "cgroup": True}, behaviour="hang", limits={"trial_timeout": "1200ms"})
-    spawn = "    import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True, env={'SPARK_RAY_TRIAL': str(talk.folder)})\n"
+@pytest.mark.parametrize("switches", [{"root": "host", "cgroup": True}, {"root": "host"}, {}], ids=str)
+def test_what_leaves_the_session_goes_at_the_deadline(bench, switches):
+    """As MPI's daemon and its ranks, each in a session of its own; who would collect them is killed with the first one."""
+    one = bench(switches, behaviour="hang", limits={"trial_timeout": "1200ms"})
+    spawn = "    import subprocess; subprocess.Popen(['sh', '-c', 'setsid sleep 1000 & wait'], start_new_session=True, env={'SPARK_RAY_TRIAL': str(talk.folder), 'PATH': '/usr/bin:/bin'})\n"
     phase = '    talk.phase("after_load")\n'
     one.change_worker("engine_fake.py", phase, spawn + phase)
     assert one.run()["outcome"]["kind"] == "timeout"

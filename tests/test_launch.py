@@ -3,19 +3,20 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 from helpers import QUIET, experiment, experiment_data, guests_of, wait_until
 
-from spark_ray import image
+from spark_ray import attend, guest, image
 from spark_ray.errors import UnavailableError
 from spark_ray.execute import SlotRunner
 from spark_ray.experiment import Experiment
 from spark_ray.plan import make_block
 from spark_ray.store import RECORD, Store, copy_bundle, read_record
-from spark_ray.worker import protocol
+from spark_ray.worker import protocol, tensorrt_llm_api
 
 pytestmark = pytest.mark.process
 WORKER = Path(protocol.__file__).parent
@@ -342,6 +343,50 @@ def test_a_daemon_that_goes_away_before_the_host_has_looked_disturbs(bench, monk
     record = one.run()
     assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "environment_gone")
     assert record["result"] is not None
+
+
+@pytest.mark.parametrize("left", ["result", "nothing"])
+def test_a_guest_that_said_everything_and_does_not_end_is_killed_and_believed(bench, monkeypatch, left):
+    """The engine's processes are taken down after the last word, and 100 GiB take their time."""
+    monkeypatch.setattr(guest, "PATIENCE_S", (1, 30))
+    one = bench(behaviour="exit" if left == "nothing" else "ok")
+    once = "    status = _wait(worker, 0)\n"
+    one.change_worker("supervise.py", once, once + "    import time; time.sleep(1000)\n")
+    record = one.run()
+    outcome = (record["outcome"]["kind"], record["outcome"]["reason"])
+    assert outcome == (("ok", "measured") if left == "result" else ("crashed", "did_not_end"))
+    assert (record["host"]["end"]["killed_by_host"], record["host"]["exit_code"]) == (True, 137)
+
+
+def test_the_host_waits_as_long_as_a_worker_may_take_to_end_its_engine():
+    assert guest.PATIENCE_S[0] >= tensorrt_llm_api.SHUTDOWN_S
+
+
+def test_what_leaves_the_session_goes_at_the_deadline(bench):
+    one = bench(behaviour="hang", limits={"trial_timeout": "1200ms"})
+    spawn = "    import subprocess; subprocess.Popen(['sh', '-c', 'setsid sleep 1000 & wait'], start_new_session=True, env={'SPARK_RAY_TRIAL': str(talk.folder), 'PATH': '/usr/bin:/bin'})\n"
+    phase = '    talk.phase("after_load")\n'
+    one.change_worker("engine_fake.py", phase, spawn + phase)
+    assert one.run()["outcome"]["kind"] == "timeout"
+    assert guests_of(one.store.folder) == []
+
+
+def test_compute_processes_of_the_guest_are_marked():
+    class Gpus:
+        def read(self):
+            mine, other = child.pid, os.getppid()
+            pids = [{"pid": mine, "used_bytes": 5}, {"pid": other, "used_bytes": 7}]
+            return [{"device": 0, "processes": pids}, {"device": 1}]
+
+    with subprocess.Popen(["sleep", "60"]) as child:
+        seen = attend.look("sizing", Gpus(), os.getpid(), os.getpid())
+        before = attend.look("before_launch", Gpus())
+        child.kill()
+    assert seen["gpus"][0]["processes"] == [
+        {"pid": child.pid, "used_bytes": 5, "own": True},
+        {"pid": os.getppid(), "used_bytes": 7},
+    ]
+    assert "own" not in before["gpus"][0]["processes"][0]
 
 
 def test_the_watchdog_ends_the_guest(bench):

@@ -19,6 +19,9 @@ def result(failure=None, **measurements):
     return {"failure": failure, "measurements": measurements or {"kv_cache": KV}}
 
 
+FAILED = result({"kind": "engine_error", "reason": "x", "message": "a worker process died"})
+
+
 @pytest.mark.parametrize(
     ("facts", "kind", "reason"),
     [
@@ -33,7 +36,36 @@ def result(failure=None, **measurements):
         (Facts(None, exit_code=3), "crashed", "exit_3"),
         (Facts(None, exit_code=0), "crashed", "no_result"),
         (Facts(None, exit_code=137), "disturbed", "killed_from_outside"),
+        (Facts(result(), exit_code=137), "disturbed", "killed_from_outside"),
+        (Facts(result(), exit_code=137, killed_by_host=True), "ok", "measured"),
+        (Facts(result(), exit_code=137, killed_by_host=True, oom_kills=1), "ok", "measured"),
+        (Facts(None, exit_code=137, killed_by_host=True), "crashed", "did_not_end"),
+        (Facts(result(), exit_code=None, killed_by_host=True), "disturbed", "no_exit_status"),
         (Facts(None, exit_code=137, oom_kills=1), "out_of_memory", "kernel_oom_kill"),
+        # The kernel killed a process of the engine: its parent fails, is brought down, or waits for ever.
+        (Facts(FAILED, exit_code=0, oom_kills=1), "out_of_memory", "kernel_oom_kill"),
+        (Facts(None, exit_code=1, oom_kills=1), "out_of_memory", "kernel_oom_kill"),
+        (Facts(None, exit_code=137, oom_kills=1, stopped_by="deadline"), "out_of_memory", "kernel_oom_kill"),
+        (Facts(FAILED, exit_code=0, oom_kills=1, not_quiet="swap"), "disturbed", "not_quiet"),
+        (
+            Facts(FAILED, exit_code=0, oom_kills=1, not_quiet="swap", own_oom_kill=True),
+            "out_of_memory",
+            "kernel_oom_kill",
+        ),
+        (
+            Facts(FAILED, exit_code=0, oom_kills=1, not_reached="gate", own_oom_kill=True),
+            "disturbed",
+            "not_reached",
+        ),
+        (
+            Facts(FAILED, exit_code=0, oom_kills=1, implausible=("implausible_model", "…")),
+            "engine_error",
+            "x",
+        ),
+        (Facts(result(), exit_code=0, oom_kills=1, own_oom_kill=True), "ok", "measured"),
+        (Facts(None, exit_code=129, oom_kills=1), "disturbed", "host_side_gone"),
+        (Facts(None, exit_code=None, oom_kills=1), "disturbed", "no_exit_status"),
+        (Facts(FAILED, exit_code=0), "engine_error", "x"),
         (Facts(None, exit_code=137, stopped_by="deadline"), "timeout", "trial_timeout"),
         (Facts(None, exit_code=137, stopped_by="watchdog"), "host_wedged", "watchdog"),
         (Facts(None, exit_code=137, stopped_by="interrupt"), "disturbed", "interrupted"),
@@ -83,6 +115,7 @@ def test_no_capacity_is_ever_ok_by_accident(measurements):
         st.sampled_from([None, result(), result({"kind": "out_of_memory", "reason": "x", "message": ""})]),
         exit_code=st.sampled_from([None, 0, 1, 128, 129, 137, 139, 200, 255]),
         oom_kills=st.integers(0, 2),
+        own_oom_kill=st.booleans(),
         stopped_by=st.sampled_from([None, "deadline", "watchdog", "interrupt"]),
         not_reached=st.sampled_from([None, "x"]),
         not_quiet=st.sampled_from([None, "x"]),

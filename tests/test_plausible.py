@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers import experiment
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from test_identity import DENSE, LLAMA_8B, folder_with
 from test_launch import Bench
 from test_outcome import KV
 
-from spark_ray import preview
+from spark_ray import execute, launch, nvml, preview
 from spark_ray.cluster import memory_bandwidth
 from spark_ray.config import load_cluster
-from spark_ray.engines import EmbeddedEngine
+from spark_ray.engines import EmbeddedEngine, Engine
 from spark_ray.errors import InputError
 from spark_ray.experiment import Experiment
 from spark_ray.host_view import Plausibility
@@ -43,7 +45,9 @@ def asked(
 ):
     engine = {"kind": "tensorrt_llm", "tensor_parallel_size": ranks, "double": double}
     known = Reference(weights, None if weights else "the folder holds no *.safetensors", sha, speed)
-    return Asked(known, engine, {"max_batch_size": batch}, {"requests": requests}, memory)
+    return Asked(
+        known, engine, {"max_batch_size": batch}, {"requests": requests}, memory, on_gpu=double is None
+    )
 
 
 def measured(weight_bytes=R1_7B.loaded_bytes, tokens_per_s=100.0, sha="a" * 64, **more):
@@ -51,6 +55,53 @@ def measured(weight_bytes=R1_7B.loaded_bytes, tokens_per_s=100.0, sha="a" * 64, 
         "model": {"weight_bytes": weight_bytes, "config_sha256": sha, **more},
         "throughput": {"output_throughput_tokens_per_s": tokens_per_s},
     }
+
+
+LARGE = Weights(70 * GIB, 70 * GIB, 70 * GIB, 69 * GIB)
+
+
+def sized(kv_bytes, weight_bytes):
+    return {**measured(weight_bytes, tokens_per_s=1.0), "kv_cache": {"bytes": kv_bytes}}
+
+
+def test_a_pool_that_is_promised_and_not_touched_may_be_larger_than_what_is_left():
+    on_cpu = dataclasses.replace(asked(LARGE), on_gpu=False)
+    assert "footprint" in judge(sized(80 * GIB, 70 * GIB), on_cpu).held
+    assert "footprint" in judge(sized(44 * GIB, 70 * GIB), asked(LARGE)).held
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "bytes_in_all"),
+    [
+        ({"kind": "tensorrt_llm"}, 0, SPARK_BYTES),  # unified: CUDA's pages are never swapped
+        ({"kind": "tensorrt_llm"}, 80 * GIB, 80 * GIB),
+        ({"kind": "tensorrt_llm"}, None, None),
+        ({"kind": "tensorrt_llm", "double": "here"}, 80 * GIB, SPARK_BYTES + 16 * GIB),
+        ({"kind": "embedded"}, None, SPARK_BYTES + 16 * GIB),
+        ({"kind": "embedded", "device": "cuda"}, 0, SPARK_BYTES),
+        ({"kind": "fake"}, 0, None),
+    ],
+)
+def test_swap_is_no_memory_for_what_is_on_a_gpu(monkeypatch, engine, gpus, bytes_in_all):
+    monkeypatch.setattr(nvml, "memory_bytes", lambda: gpus)
+    made = TypeAdapter(Engine).validate_python(engine)
+    job = SimpleNamespace(
+        trial={"trial_id": "t", "attempt": 1, "configuration": {"max_batch_size": 1}}, workload={"requests": 0},
+        engine=made.model_dump(mode="json"), needs_gpu=made.needs_gpu, reference=asked(QWEN_72B).reference,
+    )  # fmt: skip
+    found = launch._asked(job, {"meminfo": {"MemTotal": SPARK_BYTES, "SwapTotal": 16 * GIB}})
+    assert found.memory_bytes == bytes_in_all
+    judged = launch._judge(job, found, {"measurements": measured(QWEN_72B.loaded_bytes)})
+    beyond = bytes_in_all is not None and bytes_in_all < QWEN_72B.loaded_bytes
+    assert ("footprint" in judged.violated) == beyond
+
+
+def test_states_of_a_hybrid_may_count_as_weights():
+    hybrid = dataclasses.replace(R1_7B, has_states=True)
+    found = judge(measured(40 * GIB), asked(hybrid))
+    assert (found.first, "weights" in found.held) == (None, True)
+    assert "states of its layers" in found.not_applied["weights_above"]
+    assert judge(measured(GIB), asked(hybrid)).first[0] == "implausible_weights"
 
 
 def test_a_measurement_within_every_bound_holds():
@@ -69,6 +120,8 @@ def test_a_measurement_within_every_bound_holds():
         (measured(tokens_per_s=163.0), asked(), "implausible_throughput", "8 requests at once; memory of 273 GB/s"),
         (measured(sha="b" * 64), asked(), "implausible_model", "not that of the model that was asked for"),
         (measured(40 * GIB), asked(), "implausible_weights", "another model"),
+        (sized(80 * GIB, 70 * GIB), asked(LARGE), "implausible_footprint", "70.00 GiB of weights and 80.00 GiB of KV cache on a node with 119.70"),
+        (sized(GIB, None), asked(), "implausible_weights", "did not say how large its weights are"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fails_the_trial_in_a_sentence(told, held_to, reason, words):
@@ -96,7 +149,7 @@ def test_an_answer_about_another_model_is_none(kind, expected):
 @pytest.mark.parametrize(
     ("told", "held_to", "bound", "why"),
     [
-        (measured(), asked(speed=None), "throughput", "bandwidth of this node is not stated"),
+        (measured(), asked(speed=None), "throughput", "bandwidth of this node is not known"),
         (measured(), asked(double="tests/double"), "throughput", "a double makes its tokens without reading weights"),
         (measured(), asked(dataclasses.replace(R1_7B, decode_bytes=None, decode_unknown="experts")), "throughput", "experts"),
         (measured(), asked(dataclasses.replace(R1_7B, decode_bytes=GIB - 1)), "throughput", "processor's cache"),
@@ -145,6 +198,13 @@ def test_the_reference_is_read_from_the_folder(tmp_path):
     wide = reference(folder, EmbeddedEngine(kind="embedded", dtype="float32").model_dump(), None)
     assert wide.weights.loaded_bytes == 2 * found.weights.loaded_bytes
     assert len(found.config_sha256) == 64
+    assert not found.weights.has_states
+    hybrid = folder_with(tmp_path / "hybrid", LLAMA_8B | {"hybrid_override_pattern": "M*"}, DENSE)
+    assert reference(hybrid, {"kind": "tensorrt_llm"}, None).weights.has_states
+    single = folder_with(tmp_path / "single", LLAMA_8B | {"torch_dtype": "float32"}, DENSE)
+    unsettled = reference(single, {"kind": "tensorrt_llm"}, None)
+    assert (unsettled.weights, len(unsettled.config_sha256)) == (None, 64)
+    assert "says float32" in unsettled.unknown
     empty = reference(tmp_path, {"kind": "tensorrt_llm"}, None)
     assert (empty.weights, empty.config_sha256) == (None, None)
     assert "config.json cannot be read" in empty.unknown
@@ -195,6 +255,30 @@ def test_a_cluster_file_may_say_how_fast_its_memory_is(tmp_path):
     assert load_cluster(cluster_with(tmp_path)).memory_bandwidth_bytes_per_s is None
     path = cluster_with(tmp_path, memory_bandwidth="273GB/s")
     assert load_cluster(path).memory_bandwidth_bytes_per_s == 273e9
+
+
+@pytest.mark.parametrize(
+    ("names", "speed"),
+    [
+        (["NVIDIA GB10"], 273e9),
+        (["NVIDIA GB10", "NVIDIA GB10"], 273e9),
+        (["NVIDIA H200"], None),
+        (["NVIDIA GB10", "NVIDIA H200"], None),
+        (["NVIDIA GB100"], None),
+        ([None], None),
+        ([], None),
+    ],
+)
+def test_the_speed_of_a_gb10_is_known_and_a_cluster_file_counts_before_it(
+    tmp_path, monkeypatch, names, speed
+):
+    described = [{"error": "gone"} if name is None else {"name": name} for name in names]
+    monkeypatch.setattr(nvml.Reader, "describe", lambda _: described)
+    assert execute._memory_bandwidth(tmp_path) == speed
+    cluster_with(tmp_path)
+    assert execute._memory_bandwidth(tmp_path) == speed
+    cluster_with(tmp_path, memory_bandwidth="4.8TB/s")
+    assert execute._memory_bandwidth(tmp_path) == 4.8e12
 
 
 @pytest.mark.parametrize("said", [273, "273GB", "fast", "273 GB/h", "0GB/s", True, "273 parsecs/s"])

@@ -30,6 +30,15 @@ ASKED = Asked(
     {"requests": 4, "input_tokens": 16, "output_tokens": 8}, memory_bytes=1 << 50,
 )  # fmt: skip
 
+MATMUL = {
+    "size": 10,
+    "library": "numpy 2",
+    "device": "cpu",
+    "dtype": "float32",
+    "durations_s": [1.0],
+    "median_flop_per_s": 2000.0,
+}
+
 
 @functools.cache
 def believable():
@@ -199,6 +208,30 @@ def test_no_changed_result_json_becomes_a_wrong_record(tmp_path):
     ok = table["outcome"] == "ok"
     assert set(table.loc[ok, "kv_cache_bytes"]) == {good["measurements"]["kv_cache"]["bytes"]}
     assert table.loc[~ok, "kv_cache_bytes"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("throughput",), None, "throughput: is missing"),
+        (("throughput", "output_tokens"), 31, "output_tokens: is 31, less than asked"),
+        (("matmul",), MATMUL, "matmul: is there, and was not asked for"),
+    ],
+)
+def test_half_a_workload_is_none_unless_a_failure_says_why(tmp_path, path, value, words):
+    data = copy.deepcopy(believable())
+    functools.reduce(lambda place, step: place[step], path[:-1], data["measurements"])[path[-1]] = value
+    work = data["measurements"]["throughput"]
+    if work is not None:
+        work["output_throughput_tokens_per_s"] = work["output_tokens"] / work["duration_s"]
+    (tmp_path / "result.json").write_text(json.dumps(data))
+    result, why = receive.read_result(tmp_path, ASKED)
+    assert result is None
+    assert words in why
+    failed = {"kind": "engine_error", "reason": "RuntimeError", "message": "", "traceback": None}
+    (tmp_path / "result.json").write_text(json.dumps(data | {"failure": failed}))
+    why = receive.read_result(tmp_path, ASKED)[1]
+    assert (why is None) == (path != ("matmul",)), "a product that nobody asked for is never believed"
 
 
 def test_each_number_of_a_capacity_is_held_by_the_others(tmp_path):

@@ -114,7 +114,7 @@ def marked(folder):
 @pytest.mark.docker
 def test_the_missions_experiment_is_rehearsed_in_chroot_docker_and_natively(tmp_path, model):  # noqa: F811
     folder = tmp_path / "run"
-    less = ("search.blocks=1", "arms.chroot-cache.treatment.page_cache.fill=256MiB", "limits.memory_wait=30s")
+    less = ("search.blocks=1", "limits.memory_wait=30s")
     sets = [word for each in (weights(model), *less) for word in ("--set", each)]
     done = run(SPARK, "--local", "--double", DOUBLE, *sets, "--out", folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,6 +201,13 @@ def test_the_flag_stands_for_overrides_that_need_no_gpu_no_image_and_no_model(tm
     assert [each.partition("=")[0] for each in said if "native" in each] == []
     assert double.problems(found) == []
     assert double.package_of(found) == DOUBLE / "tensorrt_llm"
+
+
+def test_a_rehearsal_holds_no_more_page_cache_than_a_laptop_has():
+    fills = [each for each in double.overrides(SPARK, DOUBLE) if ".fill=" in each]
+    assert fills == ['arms.chroot-cache.treatment.page_cache.fill="256MiB"']
+    assert not double._is_large("1MiB")
+    assert not double._is_large({"no": "size"})
 
 
 def test_the_flag_is_for_tensorrt_llm_and_a_folder_with_a_double(tmp_path):

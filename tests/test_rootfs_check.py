@@ -3,11 +3,12 @@
 import io
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 from helpers import experiment_data
 
-from spark_ray import content, doctor, driver, rootfs, rootfs_check, rootfs_image
+from spark_ray import content, doctor, driver, image, preview, rootfs, rootfs_check, rootfs_image
 from spark_ray.environment_spec import ChrootEnvironment
 from spark_ray.errors import InputError
 from spark_ray.experiment import Experiment
@@ -110,6 +111,14 @@ def test_each_lack_has_the_studys_own_mend(tree, monkeypatch):
     )
 
 
+def test_a_package_that_a_pth_file_may_lead_to_is_not_called_missing(tree):
+    packages = tree.path / "usr/local/lib/python3.12/dist-packages"
+    shutil.rmtree(packages / "tensorrt_llm")
+    assert looked(tree)["tensorrt_llm"].status == "missing"
+    (packages / "__editable__.tensorrt_llm.pth").write_text("/src/tensorrt_llm\n")
+    assert looked(tree)["tensorrt_llm"].status == "warn"
+
+
 def test_paths_that_only_a_shell_reads_need_an_entrypoint(tree):
     bare = rootfs.save(rootfs.Rootfs(**{**vars(tree), "entrypoint": ()}))
     assert looked(bare)["entrypoint"].status == "warn"
@@ -154,6 +163,19 @@ def test_where_the_engine_is_not_is_said_with_the_mend_before_any_effect(tree, t
     shutil.rmtree(tree.path / "usr/local/lib/python3.12")
     (lacking,) = content.library_problems(wanted, "b")
     assert f"no tensorrt_llm where /usr/bin/python3 of {tree.path} imports from" in lacking.what
+
+
+@pytest.mark.parametrize(("now", "said"), [("sha256:1", 0), ("sha256:2", 1)])
+def test_a_tree_of_an_older_image_of_that_name_is_warned_of(tree, monkeypatch, now, said):
+    docker = {"kind": "docker", "image": "x"}
+    data = experiment_data(arms=({"kind": "chroot", "rootfs": str(tree.path)}, docker, "native"))
+    wanted = Experiment.model_validate(data)
+    monkeypatch.setattr(image, "connect", lambda: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(
+        image, "inspect", lambda _client, _name: SimpleNamespace(image=SimpleNamespace(id=now))
+    )
+    found = {name: preview._aged(wanted, arm.environment) for name, arm in wanted.arms.items()}
+    assert {name: len(each) for name, each in found.items()} == {"a": said, "b": 0, "c": 0}
 
 
 def test_doctor_shows_what_it_saw_in_a_vendors_tree(tree, tmp_path, monkeypatch):

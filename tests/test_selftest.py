@@ -1,13 +1,16 @@
 """The selftest: what it concludes from readings and records, that it keeps what is the user's, and all of it once, here."""
 
 import getpass
+import pwd
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers import experiment_data
 
-from spark_ray import image, selftest, spark_check
+from spark_ray import image, reap, redact, selftest, spark_check
 from spark_ray.cli import command
 from spark_ray.errors import UnavailableError
 from spark_ray.experiment import Experiment
@@ -91,6 +94,13 @@ def test_an_arm_is_a_line_with_its_contrast_by_block():
     assert said[4].endswith("probe 1; free 2.00 GiB, available 1.00 GiB")
 
 
+def test_how_the_gpu_was_given_is_said():
+    said = list(
+        selftest.describe([record("docker", "b0", 1) | {"content": {"gpu": {"exposure": "devices"}}}])
+    )
+    assert "GPU by devices" in said[-1]
+
+
 def test_a_double_says_so():
     said = list(selftest.describe([record("chroot", "b0", 1, engine_is_double=True)]))
     assert "DOUBLE, no engine" in said[-1]
@@ -99,6 +109,30 @@ def test_a_double_says_so():
 @pytest.mark.parametrize("view", ["memfree", "cuda"])
 def test_its_own_experiments_are_valid(view):
     assert Experiment.model_validate(selftest.probe_experiment(3, view)).search.blocks == 3
+
+
+def test_an_engine_has_the_time_that_its_memory_takes_to_come_back():
+    made = Experiment.model_validate(selftest.engine_experiment(Options(model="models/x")))
+    assert made.limits.memory_wait >= 180
+    starts = 2 * made.limits.trial_timeout + 2 * made.limits.memory_wait
+    assert starts <= selftest.ENGINE_LIMIT_S
+
+
+@pytest.mark.process
+def test_a_run_that_is_too_slow_is_ended_and_its_records_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(image, "connect", no_engine)
+    data = experiment_data(blocks=50, hold="2s") | {"name": "slow"}
+    said = list(selftest.run_part(data, tmp_path, limit_s=12))
+    assert said[0] == "not done within 12 s; until then:"
+    assert any(" ok" in line for line in said), said
+    assert reap.leftovers(tmp_path / "slow", None) == []
+
+
+@pytest.mark.process
+def test_a_trial_that_failed_shows_how_its_log_ends(tmp_path):
+    data = experiment_data(blocks=1, behaviour="raise") | {"name": "bad"}
+    said = "\n".join(selftest.run_part(data, tmp_path))
+    assert "worker.log" in said
 
 
 @pytest.mark.parametrize("double", [None, "tests/double"])
@@ -124,15 +158,36 @@ def no_engine(timeout_s=60):  # noqa: ARG001
 def test_what_is_the_users_own_is_replaced():
     known = [("/home/al/spark", "."), ("/home/al", "~"), ("al", "USER"), ("box", "HOST")]
     said = "/home/al/spark/rootfs, /home/al/.cache, /home/alma, al@box, all, al-1, a box"
-    assert selftest.clean(said, known) == "./rootfs, ~/.cache, /home/alma, USER@HOST, all, al-1, a HOST"
+    assert redact.clean(said, known) == "./rootfs, ~/.cache, /home/alma, USER@HOST, all, al-1, a HOST"
 
 
 def test_names_and_places_are_known(tmp_path, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "alice")
     monkeypatch.setattr(socket, "gethostname", lambda: "spark-1")
-    known = selftest.private(tmp_path / "work", tmp_path)
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    known = redact.private(tmp_path / "work", tmp_path)
     assert known[0] == (str(tmp_path / "work"), "WORK")
     assert {"alice", "spark-1", str(Path.home()), str(tmp_path)} <= {text for text, _ in known}
+
+
+def test_who_called_sudo_is_known_and_a_model_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "root")
+    monkeypatch.setenv("SUDO_USER", "alice")
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: SimpleNamespace(pw_dir=f"/home/{name}"))
+    known = redact.private(tmp_path / "work", tmp_path, "/home/alice/secret/m")
+    said = redact.clean("/home/alice/secret/m does not exist, /home/alice/x, alice", known)
+    assert said == "MODEL does not exist, ~/x, USER"
+    inside = redact.private(tmp_path / "work", tmp_path, str(tmp_path / "models/m"))
+    assert redact.clean(f"{tmp_path}/models/m", inside) == "./models/m"
+
+
+def test_a_reading_of_cuda_that_fails_later_costs_its_part_only(tmp_path):
+    once = (
+        "import json, sys\nsys.stdin.readline()\nprint(json.dumps(dict(free_bytes=1, total_bytes=1, mem_free_bytes=1,"
+        " mem_total_bytes=1, cuda_version=13000)), flush=True)"
+    )
+    part = selftest.page_cache_part(tmp_path, 64 * MIB, (sys.executable, "-c", once))
+    assert list(selftest._all(part)) == ["not done: the process that asked CUDA ended without a word"]
 
 
 @pytest.mark.process
@@ -151,7 +206,7 @@ def test_all_of_it_here_without_docker(tmp_path, monkeypatch):
     assert "page cache of 64.00 MiB ..." in said
     for own in (str(tmp_path), str(Path.home()) + "/", f" {socket.gethostname()} "):
         assert own not in text
-    assert not list(tmp_path.glob("spark_ray-selftest-*")), "nothing is left"
+    assert not list(tmp_path.glob("spark_ray-selftest-*")), "no run is left"
 
 
 def test_the_engine_needs_a_model():

@@ -35,9 +35,11 @@ SPARK = Readings(
     cuda=READING,
     docker=DockerFacts(version="29.2.1", runtimes=("nvidia", "runc"), has_image=True),
     cdi_files=(),
+    cdi_error="",
     memlock_bytes=None,
     disks={"/srv": (1, 900 * GIB), "/var/lib/docker": (1, 900 * GIB)},
     has_rootfs=True,
+    has_model=True,
     root_acts=(True, "this is root"),
     killers=(),
     watchdog=Check("watchdog", "ok", "outside every memory group"),
@@ -87,13 +89,14 @@ def gpu(**changes):
         ({"killers": ("earlyoom",)}, "other watchdogs", "warn", "earlyoom"),
         ({"root_acts": (False, "sudo asks for a password")}, "root acts", "missing", "password"),
         ({"docker": DockerFacts(error="no Docker engine answers", mend="start it")}, "docker", "missing", "answers"),
-        ({"docker": replace(SPARK.docker, runtimes=("runc",))}, "docker gpu", "missing", "CDI"),
+        ({"docker": replace(SPARK.docker, runtimes=("runc",))}, "docker gpu", "warn", "CDI"),
+        ({"cdi_error": "x.yaml is no CDI specification"}, "docker gpu", "warn", "nvidia-ctk cdi generate"),
         ({"docker": replace(SPARK.docker, runtimes=(), cdi_devices=("nvidia.com/gpu=all",))}, "docker gpu", "ok", "=all"),
         ({"docker": replace(SPARK.docker, runtimes=()), "cdi_files": ("/etc/cdi/nvidia.yaml",)}, "docker gpu", "ok", "/etc/cdi"),
         ({"docker": replace(SPARK.docker, has_image=False)}, "image", "warn", "not here yet"),
         ({"has_rootfs": False}, "rootfs", "warn", "not here yet"),
-        ({"has_rootfs": False, "disks": {"/srv": (1, 50 * GIB), "/var/lib/docker": (2, GIB)}}, "disk", "missing", "60.00 GiB"),
-        ({"disks": {"/srv": (1, 50 * GIB), "/var/lib/docker": (2, GIB)}}, "disk", "ok", "20.00 GiB"),
+        ({"has_rootfs": False, "has_model": False, "disks": {"/srv": (1, 50 * GIB), "/var/lib/docker": (2, GIB)}}, "disk", "missing", "69.00 GiB"),
+        ({"disks": {"/srv": (1, 10 * GIB), "/var/lib/docker": (2, GIB)}}, "disk", "ok", "9.00 GiB"),
         ({"watchdog": Check("watchdog", "warn", "not locked")}, "watchdog", "warn", "not locked"),
     ],
 )  # fmt: skip
@@ -105,9 +108,9 @@ def test_each_way_to_be_no_spark_is_named(changes, name, status, word):
 
 
 def test_what_is_still_to_come_is_counted_by_disk():
-    bare = replace(SPARK, has_rootfs=False, docker=replace(SPARK.docker, has_image=False))
-    assert "100.00 GiB" in by_name(bare)["disk"].found
-    apart = replace(bare, disks={"/srv": (1, 61 * GIB), "/var/lib/docker": (2, 39 * GIB)})
+    bare = replace(SPARK, has_rootfs=False, has_model=False, docker=replace(SPARK.docker, has_image=False))
+    assert "109.00 GiB" in by_name(bare)["disk"].found
+    apart = replace(bare, disks={"/srv": (1, 70 * GIB), "/var/lib/docker": (2, 39 * GIB)})
     found = [check for check in spark_check.checks(apart) if check.name.startswith("disk")]
     assert [check.status for check in found] == ["ok", "missing"]
 
@@ -146,7 +149,7 @@ def test_a_tree_of_files_is_looked_at(tmp_path, monkeypatch):
     (etc / "cdi").mkdir(parents=True)
     (etc / "os-release").write_text('NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 24.04.4 LTS"\n')
     (etc / "dgx-release").write_text('DGX_NAME="DGX Spark"\nDGX_SWBUILD_VERSION="7.4.0"\n')
-    (etc / "cdi" / "nvidia.yaml").write_text("cdiVersion: 0.5.0\nkind: nvidia.com/gpu\n")
+    (etc / "cdi" / "nvidia.yaml").write_text("cdiVersion: 0.5.0\nkind: nvidia.com/gpu\ndevices: []\n")
     (etc / "cdi" / "other.yaml").write_text("kind: vendor.com/net\n")
     for pid, name in (("7", "earlyoom"), ("8", "bash")):
         (proc / pid).mkdir(parents=True)
@@ -158,9 +161,26 @@ def test_a_tree_of_files_is_looked_at(tmp_path, monkeypatch):
     assert seen.meminfo["MemTotal"] == TOTAL
     assert seen.cuda == READING
     assert seen.cdi_files == (str(etc / "cdi" / "nvidia.yaml"),)
-    assert (seen.killers, seen.has_rootfs) == (("earlyoom",), True)
+    assert (seen.killers, seen.has_rootfs, seen.has_model) == (("earlyoom",), False, False)
     assert seen.docker.error
     assert by_name(seen)["docker"].status == "missing"
+    (tmp_path / f"{spark_check.ROOTFS}.json").write_text("{}")
+    (tmp_path / "models/x").mkdir(parents=True)
+    (tmp_path / "models/x/config.json").write_text("{}")
+    (etc / "cdi" / "other.yaml").write_text("kind: [of nobody here")
+    (etc / "cdi" / "z.yaml").write_text("kind: nvidia.com/gpu\ndevices: [")
+    seen = spark_check.look(tmp_path, proc, etc, tmp_path / "run", reader(SAID))
+    assert (seen.has_rootfs, seen.has_model) == (True, True)
+    assert "z.yaml is no CDI specification" in seen.cdi_error
+
+
+def test_a_command_to_type_is_one_that_sudo_finds(monkeypatch, tmp_path):
+    (tmp_path / "spark-ray").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    bare = replace(SPARK, has_rootfs=False, docker=replace(SPARK.docker, has_image=False))
+    found = by_name(bare)
+    assert found["rootfs"].mend.startswith(f"sudo {tmp_path}/spark-ray rootfs extract")
+    assert found["image"].mend.startswith(f"{tmp_path}/spark-ray image pull")
 
 
 def test_this_host_can_be_looked_at(tmp_path):

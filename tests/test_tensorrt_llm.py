@@ -263,6 +263,51 @@ def test_the_host_believes_the_capacity():
         KvCache.model_validate(other)
 
 
+class Parameter(SimpleNamespace):
+    def numel(self):
+        return self.values
+
+    def element_size(self):
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("listed", "log", "expected"),
+    [
+        (100, Log(weights_bytes=250, resolution_bytes=10), {"weight_bytes": 200, "parameters": 100}),
+        (100, Log(), {"weight_bytes": 200, "parameters": 100}),
+        # Fused experts are laid out anew and kept as plain attributes: the model's own list lacks them.
+        (100, Log(weights_bytes=900, resolution_bytes=10), {"weight_bytes": 900, "resolution_bytes": 10}),
+        (None, Log(weights_bytes=900, resolution_bytes=10), {"weight_bytes": 900, "resolution_bytes": 10}),
+        (None, Log(), None),
+    ],
+)
+def test_weights_are_counted_where_the_model_lists_them_all(listed, log, expected):
+    model = SimpleNamespace(parameters=lambda: [Parameter(values=listed)])
+    engine_here = SimpleNamespace(model_engine=SimpleNamespace(model=model if listed else None))
+    assert pool.weights(SimpleNamespace(_executor=SimpleNamespace(engine=engine_here)), log) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "held"),
+    [
+        (None, 0.9, True),
+        (0.9, 0.9, True),
+        (0.8999999761581421, 0.9, True),
+        (0.8, 0.9, False),
+        (0.9, 0.89, False),
+    ],
+)
+def test_the_engines_own_fraction_is_the_one_that_was_asked_for(said, asked, held):
+    if held:
+        pool.check_fraction(Log(fraction=said), asked)
+        return
+    with pytest.raises(
+        api.UnsupportedError, match=f"memory_fraction {asked} did not take effect: the engine says {said}"
+    ):
+        pool.check_fraction(Log(fraction=said), asked)
+
+
 def test_no_source_no_capacity():
     with pytest.raises(api.UnsupportedError, match="KV capacity"):
         pool.capacity([], 512, 2048)
@@ -389,22 +434,55 @@ def test_an_engine_that_says_nothing_is_settled_before_and_not_observed(talk):
     assert (moment.how, moment.seen, talk.said) == ("before start", None, [["settle"]])
 
 
+def install(monkeypatch, talk, **methods):
+    """An engine in this process: a KvCacheCreator with these methods, and the torch.cuda that they read."""
+    cuda = SimpleNamespace(mem_get_info=lambda: (1, 2))
+    creator = type("KvCacheCreator", (), methods)
+    place = SimpleNamespace(KvCacheCreator=creator, torch=SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm._torch.pyexecutor._util", place)
+    talk.request["engine"]["worker"] = "single_process"
+    return creator, cuda
+
+
 @pytest.mark.parametrize("name", ["configure_kv_cache_capacity", "estimate_max_tokens"])
-def test_the_sizing_moment_is_the_hook_where_the_engine_is_here(talk, monkeypatch, name):
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_sizing_moment_is_the_last_reading_where_the_engine_is_here(talk, monkeypatch, name, dry_run):
+    def read():
+        cuda.mem_get_info()
+        order.append(len(talk.said))
+
     def size(_, executor):
-        order.append(("engine", executor, list(talk.said)))
+        order.append(executor)
+        read()
+        if dry_run:
+            statistics = threading.Thread(target=cuda.mem_get_info)  # of the dry run, in a thread of its own
+            statistics.start()
+            statistics.join()
+            order.append("dry run")
+            read()
         return "sized"
 
     order = []
-    creator = type("KvCacheCreator", (), {name: size})
-    place = "tensorrt_llm._torch.pyexecutor._util"
-    monkeypatch.setitem(sys.modules, place, SimpleNamespace(KvCacheCreator=creator))
-    talk.request["engine"]["worker"] = "single_process"
-    moment, _ = start(talk, lambda: [getattr(creator(), name)("executor") for _ in range(2)])
-    assert (moment.how, moment.seen["phase"]) == ("hook", "sizing")
-    first, second = order
-    assert first == ("engine", "executor", [["settle"], ["phase", "sizing"]])
-    assert second == first  # a second sizing is not observed again
+    creator, cuda = install(monkeypatch, talk, **{name: size})
+    plain = cuda.mem_get_info
+    talk.sources.append(lambda: {"cuda": cuda.mem_get_info()})  # the worker's own look reads as well
+    sized = []
+    moment, _ = start(talk, lambda: sized.extend(getattr(creator(), name)("executor") for _ in range(2)))
+    assert (moment.how, moment.seen["phase"], sized) == ("hook", "sizing", ["sized", "sized"])
+    look = [["settle"], ["phase", "sizing"]]
+    assert talk.said == [["settle"], *look, *(look if dry_run else [])]
+    once = ["executor", 3, "dry run", 5] if dry_run else ["executor", 3]
+    # A later sizing is not observed again.
+    assert order == once + [max(each, len(talk.said)) if isinstance(each, int) else each for each in once]
+    seen = [json.loads(line) for line in (talk.folder / "observations.jsonl").read_text().splitlines()]
+    assert moment.seen["monotonic_s"] == max(each["monotonic_s"] for each in seen)
+    assert cuda.mem_get_info is plain
+
+
+def test_a_hook_that_is_never_called_is_settled_before_and_not_observed(talk, monkeypatch):
+    install(monkeypatch, talk, configure_kv_cache_capacity=lambda _: None)
+    moment, _ = start(talk, lambda: None)
+    assert (moment.how, moment.seen, talk.said) == ("before start", None, [["settle"]])
 
 
 def test_a_host_that_goes_while_the_engine_starts_ends_the_worker(talk, monkeypatch):
@@ -455,6 +533,56 @@ def test_the_engines_account_of_memory_is_kept(talk):
     assert isinstance(error, session.OutOfMemory)
     assert "could not create: KV cache" in str(error)
     assert "Model took" in str(error)
+
+
+TRIED = "[TRT-LLM] [W] [Autotuner] Failed when profiling runner=a, tactic=1. Error: CUDA out of memory. Tried to allocate 2.00 GiB.\n"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "log"),
+    [
+        (outermost(ValueError("ptxas fatal")), "CUDA out of memory. Tried to allocate 2.00 GiB.\n"),
+        (outermost(ValueError("ptxas fatal")), TRIED),
+        (ValueError("ptxas fatal"), TRIED),
+    ],
+)
+def test_memory_that_the_engine_got_over_is_not_why_it_failed(talk, error, log):
+    found = told(talk, error, log)
+    assert isinstance(found, engine.EngineStartError)
+    assert "ptxas fatal" in str(found)
+
+
+def test_an_exception_without_a_reason_is_explained_by_the_log(talk):
+    found = told(talk, RuntimeError("a rank died"), "CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    assert isinstance(found, session.OutOfMemory)
+
+
+def test_memory_that_ran_out_while_serving_is_an_answer():
+    class RequestError(Exception):
+        pass
+
+    def serve(words):
+        def generate(*_, **__):
+            raise RequestError(words)
+
+        made = object.__new__(engine._Engine)
+        made._llm, made._library, made._log = SimpleNamespace(generate=generate), None, None
+        return made
+
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which 1.00 GiB is free."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "sampling", lambda *_: None)
+        with pytest.raises(session.OutOfMemory, match="Tried to allocate 2"):
+            serve(words)._one_request()
+        with pytest.raises(RequestError, match="no such adapter"):
+            serve("no such adapter")._one_request()
+        patch.setattr(engine.workload, "prompts", lambda *_: [[1]])
+        patch.setattr(engine.identity, "vocabulary", lambda _: 2)
+        made = serve(words)
+        work = {"workload": {"output_tokens": 1, "streaming": False}}
+        made._talk, made._model = SimpleNamespace(request=work), None
+        with pytest.raises(session.OutOfMemory, match="Tried to allocate 2"):
+            made.generate()
 
 
 @pytest.mark.parametrize(
@@ -636,7 +764,9 @@ def model(tmp_path_factory):
 def attempt(tmp_path, model):
     """Runs one worker as a host does: answers every line, and holds its result against what was asked."""
 
-    def run(version="1.2.1", workload=None, configuration=CONFIGURATION, variables=None, **own):
+    def run(
+        version="1.2.1", workload=None, configuration=CONFIGURATION, variables=None, drain=lambda: None, **own
+    ):
         folder = tmp_path / f"attempt-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         work = Workload.model_validate({"requests": 2, **(workload or {})}).model_dump(mode="json")
@@ -650,7 +780,7 @@ def attempt(tmp_path, model):
             "PYTHONPATH": str(DOUBLE), "TLLM_DOUBLE_VERSION": version, "TLLM_DOUBLE_TOTAL_BYTES": str(8 * GIB),
             "TLLM_DOUBLE_FREE_BYTES": str(6 * GIB), **(variables or {}),
         }  # fmt: skip
-        heard = converse([sys.executable, "-m", "spark_ray.worker", str(folder)], environment)
+        heard = converse([sys.executable, "-m", "spark_ray.worker", str(folder)], environment, drain)
         asked = Asked("t", 1, request["engine"], configuration, work)
         result = Result.model_validate(json.loads((folder / "result.json").read_text()))
         assert not list(misfits(result, asked)), (folder / "worker.log").read_text()
@@ -665,7 +795,7 @@ def attempt(tmp_path, model):
     return run
 
 
-def converse(command, environment):
+def converse(command, environment, drain):
     heard = []
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -674,6 +804,8 @@ def converse(command, environment):
         late.start()
         for line in worker.stdout:
             heard.append(" ".join(line.split()[1:2] + line.split()[2:3] * (line.split()[1] == "phase")))
+            if heard[-1] == "settle":
+                drain()
             worker.stdin.write("go\n")
             worker.stdin.flush()
         late.cancel()
@@ -701,21 +833,39 @@ def test_each_version_and_worker_is_measured(attempt, version, worker, source, s
     assert (info["version"], info["worker"], info["engine_is_double"]) == (version, worker, True)
     here = worker == "single_process"
     assert (info["sizing_moment"], info["worker_processes"] > 0) == ("hook" if here else "log line", not here)
-    before = ["after_import", "sizing"] if here else ["after_import", "settle", "sizing"]
-    expected = ["ready", *(f"phase {each}" if each != "settle" else each for each in before)]
-    assert made.heard == [
-        *expected[:2],
-        *(["settle"] if here else []),
-        *expected[2:],
-        "phase after_kv",
-        "phase end",
-    ]
+    looks = ["settle", "phase sizing"] * 2 if here else ["phase sizing"]  # at each of the two readings
+    assert made.heard == ["ready", "phase after_import", "settle", *looks, "phase after_kv", "phase end"]
     measured = made.result.measurements
+    seen = [json.loads(line) for line in (made.folder / "observations.jsonl").read_text().splitlines()]
+    last = [each for each in seen if each["phase"] == "sizing"][-1]
+    assert measured.sizing.meminfo == last["meminfo"]
     assert measured.sizing.view == "cuda"
     assert measured.sizing.meminfo["MemTotal"] > 0
     assert abs(measured.sizing.law_residual_bytes) <= 2 * measured.sizing.resolution_bytes
     assert (measured.throughput.output_tokens, measured.throughput.requests) == (16, 2)
     assert measured.model.bytes_per_token == 256
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["1.0.0", "1.4.0rc1"])
+def test_what_the_dry_run_gave_back_is_free_again_at_the_reading_that_decides(attempt, tmp_path, version):
+    """As on a GB10: freed memory waits in per-CPU lists, which the host drains when it is asked to settle."""
+    lists = tmp_path / "lists"
+    waiting = {"TLLM_DOUBLE_WAITING": str(lists)}
+    more = {"version": version, "workload": {"requests": 0}}
+
+    def drain():
+        lists.unlink(missing_ok=True)
+
+    plain = attempt(worker="single_process", **more)
+    drained = attempt(worker="single_process", variables=waiting, drain=drain, **more)
+    assert (drained.kv.bytes, drained.engine.sizing_moment) == (plain.kv.bytes, "hook")
+    lists.unlink(missing_ok=True)
+    left = attempt(worker="mpi", variables=waiting, drain=drain, **more)
+    size = int(lists.read_text())
+    assert size == 512 * 64 * 64, "the dry run's activations"
+    lost = plain.kv.bytes - left.kv.bytes
+    assert abs(lost - size // 2) <= 32 * 256, "half of it, by memory_fraction, in whole blocks"
 
 
 @pytest.mark.process

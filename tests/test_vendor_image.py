@@ -4,15 +4,20 @@ The stand-in is made here: this interpreter, its own build of a library that the
 content), variables, an entrypoint that sets another one, and, where apt can fetch it, Debian's OpenMPI.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import docker
 import pytest
+import requests
+import urllib3
 from helpers import QUIET, experiment_data
 from test_launch import Bench
 
@@ -296,6 +301,38 @@ def test_a_cache_of_another_machine_is_left(tmp_path):
     (tmp_path / "etc/ld.so.conf").write_text("/opt\n")
     assert rootfs_image.renew_loader_cache(tmp_path) is False
     assert not (tmp_path / "etc/ld.so.cache").exists()
+
+
+def test_only_root_can_keep_the_owners(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(UnavailableError, match="needs root") as caught:
+        rootfs_image.extract(None, "vendor/image", tmp_path / "tree")
+    assert caught.value.mend.startswith("sudo ")
+
+
+def test_what_a_killed_extraction_left_goes_and_nothing_else(tmp_path):
+    left, living = tmp_path / ".tree.abcd_123", tmp_path / ".tree.efgh4567"
+    others = [tmp_path / ".other.abcd1234", tmp_path / ".tree.more.abcd1234", tmp_path / "tree.abcd1234"]
+    for folder in (left, living, *others):
+        (folder / "etc").mkdir(parents=True)
+        os.utime(folder, (0, 0))
+    lock = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rootfs_image._remove_unfinished(tmp_path / "tree")
+    finally:
+        os.close(lock)
+    assert set(tmp_path.iterdir()) == {living, *others}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [requests.ConnectionError("gone"), urllib3.exceptions.ProtocolError("cut"), docker.errors.DockerException("no"), tarfile.ReadError("end")],
+)  # fmt: skip
+def test_an_engine_that_goes_away_is_said_in_words(error):
+    with pytest.raises(UnavailableError, match="fetching it failed") as caught, image.in_words("fetching it"):
+        raise error
+    assert caught.value.mend
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path):

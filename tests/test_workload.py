@@ -85,6 +85,24 @@ def test_numpy_where_there_is_no_torch(monkeypatch):
     assert made.device == "cpu"
 
 
+def test_a_gpu_that_is_asked_for_is_not_replaced_by_the_cpu(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    assert "sees no GPU here" in workload.multiply(8, 1, "cuda")["lacks"]
+    with pytest.raises(ValidationError, match="'any' or 'cuda'"):
+        Workload.model_validate({"matmul": {"device": "cpu"}})
+
+
+@pytest.mark.process
+def test_the_device_asked_for_reaches_the_process():
+    asked = Workload.model_validate({"requests": 0, "matmul": {"size": 8, "runs": 1, "device": "cuda"}})
+    settings = asked.model_dump(mode="json")["matmul"]
+    try:
+        assert workload.matmul(settings)["device"] != "cpu"
+    except RuntimeError as error:
+        assert "sees no GPU here" in str(error)  # noqa: PT017  either, as the host is
+
+
 def test_neither_of_them_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "needs torch or numpy" in workload.multiply(48, 3)["lacks"]
@@ -220,6 +238,20 @@ found = {}
 engine_embedded.run(Talk(), found)
 print(json.dumps(found))
 """
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "whole"), [(50, 6400, True), (50, 50, False), (49, 6400, False), (50, 6401, False)]
+)
+def test_requests_that_were_not_served_to_the_end_are_no_workload(requests, tokens, whole):
+    measured = {"requests": requests, "output_tokens": tokens}
+    if whole:
+        assert workload.check_whole(measured, {"requests": 50, "output_tokens": 128}) == measured
+        return
+    with pytest.raises(
+        RuntimeError, match=f"{requests} requests made {tokens} tokens, asked were 50 and 6400"
+    ):
+        workload.check_whole(measured, {"requests": 50, "output_tokens": 128})
 
 
 def small_llama(folder):

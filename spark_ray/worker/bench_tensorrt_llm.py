@@ -22,7 +22,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import identity, tensorrt_llm_api, tensorrt_llm_law, tensorrt_llm_log, tensorrt_llm_pool, workload
+from . import (
+    identity,
+    tensorrt_llm_api,
+    tensorrt_llm_law,
+    tensorrt_llm_log,
+    tensorrt_llm_oom,
+    tensorrt_llm_pool,
+    workload,
+)
 from .session import Infeasible, OutOfMemory, Session
 
 TOOL = "trtllm-bench"
@@ -36,6 +44,7 @@ _PHASES = {
         "[MemUsageChange] Allocated",
     ),  # after it comes the pool
 }
+_BUILT = "Setting PyTorch memory fraction"  # ends the start: memory that runs out later was not got over
 _LOOK_S = 0.05
 _PRINTED_STEP_BYTES = -(-(1 << 30) // 100)  # the log has sizes in steps of 0.01 GiB
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -55,16 +64,18 @@ def _program(talk: Session) -> list[str]:
     if found is None or found.origin is None:
         raise ImportError("no tensorrt_llm in this environment")
     is_double = Path(found.origin).parents[1] == Path(__file__).parents[1]
-    if is_double != bool(talk.engine["double"]):
-        raise BenchFailed(
-            f"{found.origin} is {'a' if is_double else 'no'} double, and engine.double says otherwise"
-        )
+    _check_double(found.origin, talk, is_double=is_double)
     if is_double:
         return [sys.executable, "-m", "tensorrt_llm.double_bench"]
     program = shutil.which(TOOL)
     if program is None:
         raise BenchFailed(f"tensorrt_llm is here, but no {TOOL} on PATH")
     return [program]
+
+
+def _check_double(what: str, talk: Session, *, is_double: bool) -> None:
+    if is_double != bool(talk.engine["double"]):
+        raise BenchFailed(f"{what} is {'a' if is_double else 'no'} double, and engine.double says otherwise")
 
 
 def _check_model(folder: Path, *, double: bool) -> None:
@@ -90,7 +101,8 @@ def _offered(file: Path) -> dict[str, Any]:
 def _write_offered(file: Path) -> None:
     library, api = (importlib.import_module(name) for name in ("tensorrt_llm", "tensorrt_llm.llmapi"))
     names = tensorrt_llm_api.offered(api.KvCacheConfig)
-    found = {"version": str(library.__version__), "KvCacheConfig": sorted(names)}
+    is_double = bool(getattr(library, "ENGINE_IS_DOUBLE", False))
+    found = {"version": str(library.__version__), "is_double": is_double, "KvCacheConfig": sorted(names)}
     file.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -175,17 +187,6 @@ def _has(text: str, lines: tuple[str, ...]) -> bool:
     return True
 
 
-def _wait_for_children(before: set[tensorrt_llm_api.Child]) -> None:
-    """Device memory comes back when the engine's processes are gone, which can be after the tool."""
-    deadline = time.monotonic() + tensorrt_llm_api.SHUTDOWN_S
-    while set(tensorrt_llm_api.children()) - before:
-        if time.monotonic() > deadline:
-            raise BenchFailed(
-                f"processes of {TOOL} still live {tensorrt_llm_api.SHUTDOWN_S:.0f} s after it ended"
-            )
-        time.sleep(_LOOK_S)
-
-
 # ---- after it ----------------------------------------------------------------------------------------------
 
 
@@ -259,10 +260,11 @@ def _spread(told: dict[str, Any], count: int) -> dict[str, Any]:
 
 def _failure(log: tensorrt_llm_log.Log, status: int, text: str) -> Exception:
     """What a tool that ended badly says: no memory, no room for what was asked, or something else."""
-    if log.out_of_memory is not None:
-        component = log.out_of_memory.component
-        return OutOfMemory(f"{TOOL}: {log.out_of_memory.message}" + (f" ({component})" if component else ""))
-    if log.reduced:
+    report = log.out_of_memory or tensorrt_llm_oom.report(text.rpartition(_BUILT)[2])
+    if report is not None:
+        component = report.component
+        return OutOfMemory(f"{TOOL}: {report.message}" + (f" ({component})" if component else ""))
+    if log.reduced and log.peak_bytes is not None:  # before the Peak line they are the dry run's
         words = "; ".join(log.reduced)
         return Infeasible("max_seq_len_reduced", f"the pool is too small for what was asked: {words}")
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
@@ -293,11 +295,12 @@ def _prepare(talk: Session, folder: Path, known: dict[str, Any], measurements: d
     folder.mkdir()
     tensorrt_llm_api.prepare_environment(settings["worker"])
     offered = _offered(folder / "offered.json")
+    _check_double("the installed tensorrt_llm", talk, is_double=offered["is_double"])
     measurements["engine"] = {
         "name": f"TensorRT-LLM ({TOOL})", "version": offered["version"], "sizing_moment": "before start",
         "version_known": tensorrt_llm_api.version_known(offered["version"]),
-        "worker": settings["worker"], "bench_warmup_requests": WARMUP_REQUESTS,
-        **({"engine_is_double": True} if settings["double"] else {}),
+        "bench_warmup_requests": WARMUP_REQUESTS,
+        **({"engine_is_double": True} if offered["is_double"] else {}),
     }  # fmt: skip
     options = json.dumps(_extra_options(talk, offered, max_tokens), indent=1)
     (folder / "options.yaml").write_text(options, encoding="utf-8")
@@ -306,14 +309,17 @@ def _prepare(talk: Session, folder: Path, known: dict[str, Any], measurements: d
     return max_tokens
 
 
-def _execute(program: list[str], talk: Session, folder: Path) -> tuple[int, _Followed]:
-    """Run the tool once, until its processes are gone."""
+def _execute(program: list[str], talk: Session, folder: Path, info: dict[str, Any]) -> tuple[int, _Followed]:
+    """Run the tool once, until its processes are gone; those that had to be killed are named in `info`."""
     before = set(tensorrt_llm_api.children())
     log = _Followed(talk.folder / "worker.log")
     talk.settle()
     process = subprocess.Popen(command(program, talk, folder), stdin=subprocess.DEVNULL)
     status = log.wait(process, talk)
-    _wait_for_children(before)
+    # Device memory comes back when the engine's processes are gone, which can be after the tool.
+    killed = tensorrt_llm_api.outlast(set(tensorrt_llm_api.children()) - before)
+    if killed:
+        info["killed_at_shutdown"] = ", ".join(each.name for each in killed)
     return status, log
 
 
@@ -325,14 +331,16 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     known = identity.of(model, settings["kv_dtype"], settings["tensor_parallel_size"])
     folder = talk.folder / "bench"
     max_tokens = _prepare(talk, folder, known, measurements)
-    status, followed = _execute(program, talk, folder)
+    status, followed = _execute(program, talk, folder, measurements["engine"])
     at_sizing = followed.seen.get("sizing", {})
     if at_sizing:
         measurements["engine"]["sizing_moment"] = "log line"
     log = tensorrt_llm_log.parse(followed.text)
+    measurements["model"] = known
     if log.weights_bytes is not None:
         rounded = {"weight_bytes": log.weights_bytes, "resolution_bytes": _PRINTED_STEP_BYTES}
         measurements["model"] = rounded | known
+    tensorrt_llm_pool.check_fraction(log, talk.configuration["memory_fraction"])
     sizing = tensorrt_llm_law.sizing(log, talk.configuration["memory_fraction"])
     if sizing is not None:
         names = ("meminfo", "per_cpu_free_bytes")
@@ -343,9 +351,10 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     report = _read_report(folder / "report.json")
     try:
         check_settings(report, talk)
-        measurements["throughput"] = throughput(report)
+        served = throughput(report)
     except (KeyError, TypeError, ValueError) as error:
         raise BenchFailed(f"the report of {TOOL} lacks or garbles {error}") from error
+    measurements["throughput"] = workload.check_whole(served, talk.request["workload"])
     talk.phase("end")
 
 

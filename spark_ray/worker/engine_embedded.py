@@ -299,7 +299,8 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     measurements["kv_cache"] = _capacity(manager, talk, per_token)
     talk.phase("after_kv")
     if talk.request["workload"]["requests"]:
-        measurements["throughput"] = _generate(manager, talk, model.config.vocab_size)
+        served = _generate(manager, talk, model.config.vocab_size)
+        measurements["throughput"] = workload.check_whole(served, talk.request["workload"])
     talk.phase("end")
 
 

@@ -2,17 +2,19 @@
 
 The engine sizes its own pool, inside LLM(...): after a dry run it reads free memory and takes a fraction of it. So this
 module has the host settle and observe as near to that reading as it can come, and afterwards reads what the engine
-says of it: its terms from the log, its capacity from at least two places that must agree.
+says of it: its terms from the log, its capacity from two places where two answer, which must then agree.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -32,7 +34,7 @@ from .session import Infeasible, OutOfMemory, Session
 NAME = "TensorRT-LLM"
 _FIRST_LINE = b"Memory used after loading model weights"  # logged as free memory is read, before the dry run
 _LISTEN_S = 0.02
-_LATE_S = 1.0  # lines of another process go through MPI's forwarding and may come after LLM() has returned
+_LATE_S = 5.0  # lines of another process go through MPI's forwarding and may come after LLM() has returned
 _NO_MEMORY = re.compile(
     r"insufficient GPU memory|OutOfMemoryError|cudaErrorMemoryAllocation|CUDA (?:runtime )?error[^\n]*out of memory",
     re.IGNORECASE,
@@ -81,10 +83,10 @@ def _say(words: str) -> None:
 
 
 class _Sizing:
-    """Observes phase `sizing` while LLM() runs, as near to the engine's reading as worker and version allow.
+    """Observes phase `sizing` while LLM() runs, as near to the reading that decides as worker and version allow.
 
-    hook: right before it, the host settled. log line: as the engine logs its first reading, the host settled before the
-    start. before start: neither was possible; the host settled, nothing was observed.
+    hook: right before that reading, after the dry run, the host settled. log line: before the dry run, as the engine logs
+    its first reading, the host settled before the start. before start: the host settled then, nothing was observed.
     """
 
     def __init__(self, talk: Session, log: _Log) -> None:
@@ -96,10 +98,10 @@ class _Sizing:
         self._error: BaseException | None = None
 
     def __enter__(self) -> None:
+        self._talk.settle()  # whatever comes of a hook: a version may never reach it
         here = self._talk.engine["worker"] == "single_process"
-        if here and tensorrt_llm_api.hook_sizing(self._at_hook):
+        if here and tensorrt_llm_api.hook_sizing(self._at_reading):
             return
-        self._talk.settle()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -112,9 +114,8 @@ class _Sizing:
         if self._error is not None:
             raise self._error
 
-    def _at_hook(self) -> None:
-        if self.seen is None:  # later calls size the pool anew; the first has the state that was set
-            self.seen, self.how = self._talk.phase("sizing"), "hook"
+    def _at_reading(self) -> None:
+        self.seen, self.how = self._talk.phase("sizing"), "hook"  # the last one stays: it decides
 
     def _listen(self) -> None:
         try:
@@ -169,31 +170,42 @@ def _chain(error: BaseException) -> str:
     return "\nbecause of ".join(found)
 
 
-def _account(report: tensorrt_llm_oom.OutOfMemoryReport) -> str:
-    """The engine's own account of memory that ran out, in a line."""
-    parts = [report.message]
-    if report.component:
-        parts.append(f"it could not create: {report.component}")
-    if report.free_bytes is not None:
-        parts.append(f"free before that: {report.free_bytes} of {report.total_bytes} bytes")
-    parts += [
-        f"{each.name} took {each.free_before_bytes - each.free_after_bytes} bytes" for each in report.stages
-    ]
-    return "; ".join(parts)
+def _no_memory(words: str) -> OutOfMemory | None:
+    """What an exception's words mean where they say that memory ran out."""
+    report = tensorrt_llm_oom.report(f"{words}\n")
+    if report is not None:
+        return OutOfMemory(tensorrt_llm_oom.account(report))
+    return OutOfMemory(words) if _NO_MEMORY.search(words) else None
 
 
 def _told_apart(error: Exception, log: _Log) -> Exception:
-    """What an exception of LLM() means: no memory, no room for one sequence, or a failure."""
-    words = _chain(error)
-    everything = f"{log.text()}\n{words}\n"
-    report = tensorrt_llm_log.parse(everything).out_of_memory
-    if report is not None:
-        return OutOfMemory(_account(report))
-    if _NO_MEMORY.search(words):
-        return OutOfMemory(words)
-    if _NO_SEQUENCE.search(everything):
+    """What an exception of LLM() means: no memory, no room for one sequence, or a failure.
+
+    The log has accounts of other processes, and what the engine got over: without a component one is believed only
+    where the exception gives no reason of its own.
+    """
+    words, text = _chain(error), log.text()
+    told = _no_memory(words)
+    if told is not None:
+        return told
+    report, bare = tensorrt_llm_oom.report(text), error.__cause__ is None and error.__context__ is None
+    if report is not None and (report.component is not None or bare):
+        return OutOfMemory(tensorrt_llm_oom.account(report))
+    if _NO_SEQUENCE.search(f"{text}\n{words}"):
         return Infeasible("pool_below_one_sequence", words)
     return EngineStartError(words)
+
+
+@contextlib.contextmanager
+def _serving() -> Iterator[None]:
+    """A request that failed is answered with the text of the exception alone: it says whether memory ran out."""
+    try:
+        yield
+    except Exception as error:
+        told = _no_memory(_chain(error))
+        if told is not None:
+            raise told from error
+        raise
 
 
 def _engine_info(library: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
@@ -263,9 +275,10 @@ class _Engine:
         if seen.warnings:
             info["log_warnings"] = "; ".join(seen.warnings)
         weights = tensorrt_llm_pool.weights(self._llm, seen)
-        if weights is not None:
-            measurements["model"] = self._known | weights
-        terms = tensorrt_llm_law.sizing(seen, self._talk.configuration["memory_fraction"])
+        measurements["model"] = self._known | (weights or {})
+        fraction = self._talk.configuration["memory_fraction"]
+        tensorrt_llm_pool.check_fraction(seen, fraction)
+        terms = tensorrt_llm_law.sizing(seen, fraction)
         if terms is not None:
             at_sizing = self._moment.seen or {}
             counters = {
@@ -294,8 +307,11 @@ class _Engine:
             time.sleep(_LISTEN_S)
 
     def _one_request(self) -> None:
-        self._llm.generate([[1]], sampling_params=tensorrt_llm_api.sampling(self._library, 1), use_tqdm=False)
+        sampling = tensorrt_llm_api.sampling(self._library, 1)
+        with _serving():
+            self._llm.generate([[1]], sampling_params=sampling, use_tqdm=False)
 
+    @_serving()
     def generate(self) -> dict[str, Any]:
         """Fixed-length greedy requests, all at once; output tokens are counted, not assumed."""
         work = self._talk.request["workload"]
@@ -325,7 +341,7 @@ class _Engine:
         seconds, killed = tensorrt_llm_api.shut_down(self._llm, self._children)
         found: dict[str, Any] = {"shutdown_s": seconds}
         if killed:
-            found["killed_at_shutdown"] = ", ".join(f"{each.name} ({each.pid})" for each in killed)
+            found["killed_at_shutdown"] = ", ".join(each.name for each in killed)
         return found
 
 
@@ -366,6 +382,6 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     engine.measure_pool(measurements)
     talk.phase("after_kv")
     if work["requests"]:
-        measurements["throughput"] = engine.generate()
+        measurements["throughput"] = workload.check_whole(engine.generate(), work)
     info |= engine.end()
     talk.phase("end")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ class Weights:
     loaded_bytes: int  # with 16, 32 and 64 bit floats in the type they are loaded in
     decode_bytes: int | None  # at least, for one token
     decode_unknown: str | None = None  # why not
+    has_states: bool = False  # a hybrid: some layers keep a state for each request
 
 
 def weights(folder: Path, dtype: str = "auto") -> Weights:
@@ -142,6 +143,7 @@ def weights(folder: Path, dtype: str = "auto") -> Weights:
         loaded_bytes=sum(held.values()),
         decode_bytes=decode,
         decode_unknown=why,
+        has_states=bool(_said(_text(config), _STATEFUL)),
     )
 
 
@@ -195,6 +197,16 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
+def _said(text: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Which of these keys a configuration has, and not as nothing."""
+    return [key for key in keys if text.get(key) not in (None, False, [], {})]
+
+
+def dtype_of(folder: Path) -> str:
+    """Type of the weights by config.json; empty where it names none. Raises Unknown."""
+    return _dtype_of(_read_json(folder / "config.json"))
+
+
 def _dtype_of(config: Mapping[str, Any]) -> str:
     for part in (_text(config), config):
         for key in ("torch_dtype", "dtype"):
@@ -217,8 +229,7 @@ def _refuse_other_caches(config: Mapping[str, Any], text: Mapping[str, Any]) -> 
         (_WINDOWED, "not every layer keeps keys and values of its own for every token"),
         (_SPARSE, "sparse attention keeps an index beside keys and values"),
     ):
-        found = [key for key in keys if text.get(key) not in (None, False, [], {})]
-        if found:
+        if found := _said(text, keys):
             raise Unknown(f"{found[0]}: {why}")
 
 

@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -202,26 +203,55 @@ def sampling(library: ModuleType, output_tokens: int) -> Any:
 
 
 def hook_sizing(before: Callable[[], object]) -> bool:
-    """Have `before` called right before an engine in this process reads free memory; False: this version has no such place."""
+    """Have `before` called right before each reading of free memory in the first sizing of an engine in this process.
+
+    There are two: the first is logged only, the second, after the dry run, decides. Without a dry run there is one.
+    False: this version has no such place.
+    """
     try:
-        creator = importlib.import_module("tensorrt_llm._torch.pyexecutor._util").KvCacheCreator
+        place = importlib.import_module("tensorrt_llm._torch.pyexecutor._util")
+        creator, cuda = place.KvCacheCreator, place.torch.cuda
     except (ImportError, AttributeError):
         return False
     for name in _SIZING_HOOKS:
-        original = getattr(creator, name, None)
-        if original is not None:
-            setattr(creator, name, _after(before, original))
+        if hasattr(creator, name):
+            _hook(creator, name, cuda, before)
             return True
     return False
 
 
-def _after(before: Callable[[], object], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def wrapped(*positional: Any, **named: Any) -> Any:
-        before()
-        return original(*positional, **named)
+def _hook(creator: Any, name: str, cuda: Any, before: Callable[[], object]) -> None:
+    original = getattr(creator, name)
 
-    return wrapped
+    @functools.wraps(original)
+    def sizing(*positional: Any, **named: Any) -> Any:
+        setattr(creator, name, original)  # a later call sizes anew; the first has the state that was set
+        with _before_each_reading(cuda, before):
+            return original(*positional, **named)
+
+    setattr(creator, name, sizing)
+
+
+@contextlib.contextmanager
+def _before_each_reading(cuda: Any, before: Callable[[], object]) -> Iterator[None]:
+    """`before` ahead of this thread's readings, but for its own: threads of the dry run read for their statistics."""
+    read, thread, looking = cuda.mem_get_info, threading.get_ident(), False
+
+    def reading(*positional: Any, **named: Any) -> Any:
+        nonlocal looking
+        if not looking and threading.get_ident() == thread:
+            looking = True
+            try:
+                before()
+            finally:
+                looking = False
+        return read(*positional, **named)
+
+    cuda.mem_get_info = reading
+    try:
+        yield
+    finally:
+        cuda.mem_get_info = read
 
 
 # ---- processes --------------------------------------------------------------------------------------------
@@ -278,11 +308,18 @@ def shut_down(llm: Any, found: set[Child]) -> tuple[float, list[Child]]:
     started = time.monotonic()
     found |= set(children())
     llm.shutdown()  # returns when they were told to end; their device memory is still held
+    killed = outlast(found)
+    return time.monotonic() - started, killed
+
+
+def outlast(found: Collection[Child]) -> list[Child]:
+    """Wait until these processes are gone. Returns those that had to be killed."""
+    deadline = time.monotonic() + SHUTDOWN_S
     while left := sorted((each for each in found if not each.gone), key=lambda each: each.pid):
-        if time.monotonic() - started > SHUTDOWN_S:
+        if time.monotonic() > deadline:
             for each in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(each.pid, signal.SIGKILL)
-            return time.monotonic() - started, left
+            return left
         time.sleep(0.02)
-    return time.monotonic() - started, []
+    return []

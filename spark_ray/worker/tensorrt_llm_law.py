@@ -7,18 +7,16 @@ The peak is what torch held at most plus everything on the device that is not to
 machine, page cache included. When the final cache is built free memory is read once more, and the pool is the smaller of the
 two, fraction x free; bytes become whole tokens, and tokens whole blocks: rounded up in older versions, down in newer ones.
 
-The log prints sizes in steps of 0.01 GiB. `interval` says what pools those rounded terms allow.
+The log prints sizes in steps of 0.01 GiB: what is off by more than those steps explain, the audit of a run says.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from .tensorrt_llm_log import Log
 
 LAW = "(total - peak + temporary KV) x fraction"
-Rounding = Literal["floor", "ceil"]
 
 
 def available_bytes(total: int, peak: int, temporary_kv: int, fraction: float) -> int:
@@ -29,62 +27,6 @@ def available_bytes(total: int, peak: int, temporary_kv: int, fraction: float) -
 def final_bytes(free: int, fraction: float) -> int:
     """What the second reading allows, when the final cache is built."""
     return int(free * fraction)
-
-
-def tokens(available_bytes: int, bytes_per_token: int, tokens_per_block: int, rounding: Rounding) -> int:
-    """Tokens of the pool: whole tokens of the bytes, then whole blocks of the tokens."""
-    whole = max(0, available_bytes) // bytes_per_token
-    blocks = -(-whole // tokens_per_block) if rounding == "ceil" else whole // tokens_per_block
-    return blocks * tokens_per_block
-
-
-def rounding_of(version: str) -> Rounding | None:
-    """How `calculate_max_num_blocks` rounds tokens to blocks; None where that was not established.
-
-    Up was read in code up to 1.1 (and seen in a log of 1.1.0rc3), down in code of 1.3 and 1.4. It changed while 1.2 was made.
-    """
-    match = re.match(r"(\d{1,6})\.(\d{1,6})", version)
-    if match is None:
-        return None
-    release = int(match[1]), int(match[2])
-    if release <= (1, 1):
-        return "ceil"
-    return "floor" if (1, 3) <= release <= (1, 4) else None
-
-
-class Interval(NamedTuple):
-    """What the pool may be, both ends included."""
-
-    low_bytes: int
-    high_bytes: int
-    low_tokens: int
-    high_tokens: int
-
-
-def interval(log: Log) -> Interval | None:
-    """What the law gives for every set of terms that prints like this one; None where a term was not said."""
-    total, peak, temporary, fraction = log.total_bytes, log.peak_bytes, log.temporary_kv_bytes, log.fraction
-    if total is None or peak is None or temporary is None or fraction is None:
-        return None
-    if log.bytes_per_token is None or log.bytes_per_token == 0:
-        return None
-    step = log.resolution_bytes or 0
-    spread = 3 * step // 2 + 1  # three terms, each half a step off at most
-    low, high = (available_bytes(total + off, peak, temporary, fraction) for off in (-spread, spread))
-    if log.limits and log.estimated_bytes is not None:  # a cap of the user, printed rounded
-        low, high = min(low, max(0, log.estimated_bytes - step)), min(high, log.estimated_bytes + step)
-    if log.final_free_bytes is not None:
-        final = final_bytes(log.final_free_bytes, fraction)
-        low, high = min(low, final), min(high, final)
-    fixed = log.fixed_cost_bytes or 0
-    known = rounding_of(log.version or "")
-    block = log.tokens_per_block or 1
-    return Interval(
-        low,
-        high,
-        tokens(low - fixed, log.bytes_per_token, block, known or "floor"),
-        tokens(high - fixed, log.bytes_per_token, block, known or "ceil"),
-    )
 
 
 _TERMS = (
@@ -106,14 +48,11 @@ def _free_bytes(log: Log, total: int | None) -> int | None:
     return free if 0 <= free <= total else None  # else the lines are not of one engine
 
 
-def sizing(log: Log, fraction: float, total_bytes: int | None = None) -> dict[str, Any] | None:
-    """measurements["sizing"] from the log; None when it says nothing of the peak.
-
-    `total_bytes` stands in where the log does not print the total (before 1.0): what cudaMemGetInfo answers.
-    """
+def sizing(log: Log, fraction: float) -> dict[str, Any] | None:
+    """measurements["sizing"] from the log; None when it says nothing of the peak. Before 1.0 it prints no total."""
     if log.peak_bytes is None or log.available_bytes is None:
         return None
-    total = total_bytes if log.total_bytes is None else log.total_bytes
+    total = log.total_bytes
     free = _free_bytes(log, total)
     transient = (log.activation_bytes or 0) + (log.reserved_encoder_bytes or 0)
     slack = 2 * (log.resolution_bytes or 0)

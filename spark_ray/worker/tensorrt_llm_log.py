@@ -1,8 +1,8 @@
 """What TensorRT-LLM says about memory in its log: `parse(text) -> Log`.
 
 The engine builds itself twice: once around a small temporary KV cache for a dry run, which it profiles, and once for
-good. Most lines come from both builds, so of those only what follows the Peak line counts; the temporary cache is kept as
-`dry_run`. Lines are found wherever they stand, whatever a logger, MPI or another stream put before or after them.
+good. Most lines come from both builds, so of those only what follows the Peak line counts. Lines are found wherever they
+stand, whatever a logger, MPI or another stream put before or after them.
 
 Nothing is invented: a number counts only inside its whole phrase, in a range that memory can have, and a field that was not
 said is None. Where lines contradict each other the last one counts, and `warnings` says so.
@@ -19,15 +19,6 @@ from typing import Any
 from .tensorrt_llm_oom import ENDED, GIB, MOST, SIZE, OutOfMemoryReport, gib, report
 
 _COUNT = r"(\d{1,18})"
-_TOKENS = _COUNT + r"(?:\.\d{1,25})?"  # some versions print tokens as a float: whole tokens of it
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """A KV pool as allocated: the engine's own words for it."""
-
-    bytes: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,6 @@ class Limit:
 class Log:
     """Sizes in bytes, rounded as they were printed (`resolution_bytes`); None or empty: not said."""
 
-    version: str | None = None
     announced_weights_bytes: int | None = None  # before loading
     prefetched_bytes: int | None = None  # of the checkpoint, into page cache
     weights_bytes: int | None = None  # in torch, before the dry run
@@ -72,24 +62,17 @@ class Log:
     reserved_workspace_bytes: int | None = None  # taken from the budget
     estimated_bytes: int | None = None  # after caps
     estimated_tokens: int | None = None
-    final_tokens: int | None = None  # asked of the final cache, before rounding to blocks
     final_free_bytes: int | None = None  # when the final cache was built; exact
     final_total_bytes: int | None = None
     tokens_per_block: int | None = None
     windows: tuple[Window, ...] = ()
     primary_blocks: int | None = None  # over all windows
     reduced: tuple[str, ...] = ()  # what the engine cut since one sequence no longer fitted
-    max_seq_len: int | None = None  # as it runs
-    max_num_requests: int | None = None
-    max_num_tokens: int | None = None
-    max_batch_size: int | None = None
-    dry_run: Allocation | None = None
     allocated_bytes: int | None = None
     allocated_tokens: int | None = None
     device_quota_bytes: int | None = None  # KV cache manager V2
     host_quota_bytes: int | None = None
     disk_quota_bytes: int | None = None
-    quota_from_max_tokens_bytes: int | None = None
     torch_limit_bytes: int | None = None  # said last: the engine is built
     out_of_memory: OutOfMemoryReport | None = None
     warnings: tuple[str, ...] = ()
@@ -107,8 +90,6 @@ def _fraction(text: str) -> float | None:
 
 
 def _reader(field: str) -> Callable[[str], Any]:
-    if field == "version":
-        return str
     if field == "fraction":
         return _fraction
     return gib if field.endswith("_bytes") and field != "fixed_cost_bytes" else _count
@@ -136,9 +117,8 @@ def _line(pattern: str, *names: str, final: bool = False) -> _Line:
 
 
 _PROFILED = " in memory usage profiling: " + SIZE + " GiB"
-_BOTH_SET = r"Both free_gpu_memory_fraction and max_tokens are set \(to [\d.e-]{1,30} and " + _TOKENS
+_BOTH_SET = r"Both free_gpu_memory_fraction and max_tokens are set \(to [\d.e-]{1,30} and [\d.]{1,45}"
 _LINES = (
-    _line(r"TensorRT[- ]LLM [Vv]ersion:[ \t]*(\d{1,5}\.\d{1,5}[\w.+-]{0,60})" + ENDED, "version"),
     _line("Use " + SIZE + " GB for model weights", "announced_weights_bytes"),
     _line("Prefetching " + SIZE + "GB checkpoint files", "prefetched_bytes"),
     _line(r"Memory used after loading model weights \(inside torch\)" + _PROFILED, "weights_bytes"),
@@ -151,19 +131,13 @@ _LINES = (
     _line("Estimated max tokens in KV cache : " + _COUNT + ENDED, "estimated_tokens"),
     _line(
         _BOTH_SET + " with free memory " + SIZE + "GiB of total memory " + SIZE + r"GiB, respectively\)",
-        "final_tokens", "final_free_bytes", "final_total_bytes", final=True,
+        "final_free_bytes", "final_total_bytes", final=True,
     ),
-    _line(_BOTH_SET + r"(?: with free memory [\d.e-]{1,30} of total memory [\d.e-]{1,30})?, respectively\)", "final_tokens", final=True),
     _line(r"Number of tokens per block: " + _COUNT + r"\.", "tokens_per_block", final=True),
-    _line(
-        f"max_seq_len={_COUNT}, max_num_requests={_COUNT}, max_num_tokens={_COUNT}(?:, max_batch_size={_COUNT})?" + ENDED,
-        "max_seq_len", "max_num_requests", "max_num_tokens", "max_batch_size", final=True,
-    ),
     _line("Setting PyTorch memory fraction to [\\d.e-]{1,30} \\(" + SIZE + r" GiB\)", "torch_limit_bytes"),
     _line("KV cache manager v2 device quota set to " + SIZE + "GiB", "device_quota_bytes", final=True),
     _line("KV cache manager v2 host cache quota set to " + SIZE + "GiB", "host_quota_bytes", final=True),
     _line("KV cache manager v2 disk cache quota set to " + SIZE + "GiB", "disk_quota_bytes", final=True),
-    _line("Allowed quota from max_tokens is " + SIZE + "GiB", "quota_from_max_tokens_bytes", final=True),
 )  # fmt: skip
 
 # One version divides by 1 << 32 and prints no unit: numbers a quarter of what they should be.
@@ -248,13 +222,11 @@ def _final_from(text: str, out_of_memory: bool) -> int:
     return len(text) if out_of_memory or _DRY_RUN in text else 0
 
 
-def _allocations(text: str, start: int, end: int) -> list[Allocation]:
-    found = []
-    for match in _ALLOCATED.finditer(text, start, end):
+def _allocations(text: str, start: int) -> Iterator[dict[str, Any]]:
+    for match in _ALLOCATED.finditer(text, start):
         size, tokens = gib(match[1]), _count(match[2])
         if size is not None and tokens is not None:
-            found.append(Allocation(size, tokens))
-    return found
+            yield {"allocated_bytes": size, "allocated_tokens": tokens}
 
 
 def _windows(text: str, start: int) -> tuple[dict[int, Window], set[int]]:
@@ -293,9 +265,8 @@ def parse(text: str) -> Log:
     for line in _LINES:
         for values in line.values(text, final if line.final else 0):
             reading.take(values)
-    dry_run, pools = _allocations(text, 0, final), _allocations(text, final, len(text))
-    for pool in pools:
-        reading.take({"allocated_bytes": pool.bytes, "allocated_tokens": pool.tokens})
+    for pool in _allocations(text, final):
+        reading.take(pool)
     windows, block_tokens = _windows(text, final)
     for tokens in sorted(block_tokens):
         reading.take({"tokens_per_block": tokens})
@@ -313,7 +284,6 @@ def parse(text: str) -> Log:
         limits=_unique([limit for _, limit in sorted(_limits(text), key=lambda found: found[0])]),
         windows=tuple(windows.values()),
         reduced=_unique([match[0] for match in _REDUCED.finditer(text, final)]),
-        dry_run=dry_run[0] if dry_run else None,
         out_of_memory=out_of_memory,
         warnings=tuple(reading.warnings),
     )

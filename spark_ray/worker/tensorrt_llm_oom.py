@@ -108,14 +108,33 @@ def _of_torch(match: re.Match[str]) -> OutOfMemoryReport:
     return OutOfMemoryReport(match[0], None, size(3), size(5), size(1))
 
 
+def _tried(text: str, match: re.Match[str]) -> bool:
+    """Whether the autotuner said that: it tries kernels that may not fit, and goes on with others."""
+    return "[Autotuner]" in text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+
+
 def report(text: str) -> OutOfMemoryReport | None:
     """The last report that names a component, else the last of the engine's, else torch's last message."""
     starts = list(_FAILED.finditer(text))
     ends = [*(start.start() for start in starts[1:]), len(text)]
     own = [_own(text, start, end) for start, end in zip(starts, ends, strict=False)]
     named = [each for each in own if each.component is not None]
-    torch = [_of_torch(match) for match in _TORCH.finditer(text)] if not own else []
+    said = _TORCH.finditer(text) if not own else ()
+    torch = [_of_torch(match) for match in said if not _tried(text, match)]
     for reports in (named, own, torch):
         if reports:
             return reports[-1]
     return None
+
+
+def account(report: OutOfMemoryReport) -> str:
+    """The engine's own account of memory that ran out, in a line."""
+    parts = [report.message]
+    if report.component:
+        parts.append(f"it could not create: {report.component}")
+    if report.free_bytes is not None:
+        parts.append(f"free before that: {report.free_bytes} of {report.total_bytes} bytes")
+    parts += [
+        f"{each.name} took {each.free_before_bytes - each.free_after_bytes} bytes" for each in report.stages
+    ]
+    return "; ".join(parts)

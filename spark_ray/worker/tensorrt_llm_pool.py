@@ -1,4 +1,6 @@
-"""TensorRT-LLM's KV pool as it was built: blocks from the manager object, the LLM API, statistics or the log; two must agree.
+"""TensorRT-LLM's KV pool as it was built: blocks from the manager object, the LLM API, statistics or the log.
+
+The first that answers counts, with the next one beside it: the host believes no two that are more than a block apart.
 
 Each source names blocks of the GPU's own pool, and only some name bytes: a token's bytes come from the engine where it
 says them, and are checked against the model's config.json.
@@ -18,6 +20,8 @@ from .tensorrt_llm_log import Log
 
 _SPARE_BLOCKS = 4  # that an allocation may hold beyond the pool, as the host believes it
 _STATS_S = 5.0  # for statistics of a request that has been served
+_FRACTION_STEP = 1e-6  # a fraction may come back in single precision
+_LISTED = 0.75  # share of what torch holds that a model's own list of parameters comes to at least
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,16 @@ def readings(llm: Any, seen: Log, tokens_per_block: int, request: Callable[[], o
 
 
 def weights(llm: Any, seen: Log) -> dict[str, Any] | None:
-    """Bytes of the parameters: counted where the model is in this process, else as the log has them."""
+    """Bytes of the parameters: counted where the model is in this process, else as the log has them.
+
+    Some kernels lay out weights anew and keep them as plain attributes, which no model lists: then the log's number counts.
+    """
     model = getattr(getattr(_engine(llm), "model_engine", None), "model", None)
     if model is not None and hasattr(model, "parameters"):
         found = [(int(each.numel()), int(each.element_size())) for each in model.parameters()]
         size, count = sum(values * width for values, width in found), sum(values for values, _ in found)
-        return {"weight_bytes": size, "parameters": count}
+        if size >= _LISTED * (seen.weights_bytes or 0):
+            return {"weight_bytes": size, "parameters": count}
     if seen.weights_bytes is None:
         return None
     return {"weight_bytes": seen.weights_bytes, "resolution_bytes": seen.resolution_bytes}
@@ -143,6 +151,14 @@ def bytes_per_token(found: list[Reading], seen: Log, by_config: int | None, kv_d
             f"engine.kv_dtype {kv_dtype} did not take effect"
         )
     return int(told or by_config or 0)
+
+
+def check_fraction(seen: Log, asked: float) -> None:
+    """The engine sized by the fraction that was asked for, as far as it says."""
+    if seen.fraction is not None and abs(seen.fraction - asked) > _FRACTION_STEP:
+        raise UnsupportedError(
+            f"memory_fraction {asked} did not take effect: the engine says {seen.fraction}"
+        )
 
 
 def capacity(found: list[Reading], bytes_per_token: int, max_seq_len: int) -> dict[str, Any]:

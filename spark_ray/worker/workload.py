@@ -1,7 +1,7 @@
 """What is asked of an engine after its pool is sized, and the control that asks no engine anything.
 
 Requests are token ids of a fixed length, the same in every arm. No two share a first block, so that no engine can
-serve one from the cache of another. `python -m spark_ray_worker.workload SIZE RUNS` is the matrix product: a process of
+serve one from the cache of another. `python -m spark_ray_worker.workload SIZE RUNS DEVICE` is the matrix product: a process of
 its own, so that its arrays, its libraries and its CUDA context are gone before an engine looks at memory.
 """
 
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _STRIDE = 7919  # a prime: different prompts without a random generator
@@ -40,6 +40,16 @@ def prompts(workload: dict[str, Any], vocabulary: int) -> list[list[int]]:
             [(request * stride + position * (_STEP + lap) + 1) % vocabulary for position in range(length)]
         )
     return made
+
+
+def check_whole(measured: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of the requests. Raises where they were not served to the last token: half the work is another workload."""
+    wanted = int(asked["requests"]) * int(asked["output_tokens"])
+    if (measured["requests"], measured["output_tokens"]) != (asked["requests"], wanted):
+        raise RuntimeError(
+            f"{measured['requests']} requests made {measured['output_tokens']} tokens, asked were {asked['requests']} and {wanted}"
+        )
+    return dict(measured)
 
 
 # ---- latency ----------------------------------------------------------------------------------------------
@@ -71,10 +81,11 @@ def latency(sent_s: Sequence[float], arrived_s: Sequence[Sequence[float]]) -> di
 
 
 def matmul(settings: dict[str, Any]) -> dict[str, Any]:
-    """Time a square matrix product in a process of its own: `settings` has size and runs."""
+    """Time a square matrix product in a process of its own: `settings` has size, runs and device."""
     import subprocess  # 5 ms, and only this control needs it
 
-    command = [sys.executable, "-m", __name__, str(settings["size"]), str(settings["runs"])]
+    words = [str(settings["size"]), str(settings["runs"]), settings.get("device", "any")]
+    command = [sys.executable, "-m", __name__, *words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
@@ -85,8 +96,8 @@ def matmul(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def multiply(size: int, runs: int) -> dict[str, Any]:
-    """The product with torch where it can be imported (on the GPU where torch sees one), else with numpy."""
+def multiply(size: int, runs: int, wanted: str = "any") -> dict[str, Any]:
+    """The product with torch where it can be imported (on the GPU where torch sees one), else with numpy; `wanted`: cuda or any."""
     libraries = {"torch": _start_torch, "numpy": _start_numpy}
     library = next((name for name in libraries if importlib.util.find_spec(name) is not None), None)
     if library is None:
@@ -94,6 +105,8 @@ def multiply(size: int, runs: int) -> dict[str, Any]:
             "lacks": "workload.matmul needs torch or numpy in the worker's environment, and finds neither"
         }
     version, device, product = libraries[library](size)
+    if wanted == "cuda" and device == "cpu":
+        return {"lacks": f"workload.matmul.device is cuda, and {library} {version} sees no GPU here"}
     product()  # not counted: it starts threads, picks kernels and touches the memory of the result
     durations = []
     for _ in range(runs):
@@ -144,4 +157,4 @@ def _start_numpy(size: int) -> tuple[str, str, Callable[[], None]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(multiply(int(sys.argv[1]), int(sys.argv[2]))) + "\n")
+    sys.stdout.write(json.dumps(multiply(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])) + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 from .settings import setting
 
@@ -25,12 +26,30 @@ def meminfo() -> dict[str, int]:
     return {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":", 1) for line in lines)}
 
 
+def _waiting_bytes() -> int:
+    path = setting("WAITING")
+    return int(Path(path).read_text(encoding="utf-8")) if path and Path(path).exists() else 0
+
+
+class _Cuda:
+    """torch.cuda, as far as the sizing asks it."""
+
+    device: Device
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return self.device.mem_get_info()
+
+
+torch = SimpleNamespace(cuda=_Cuda())
+
+
 class Device:
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
         self._touched: dict[str, mmap.mmap] = {}
         self._outside = {"context", "graphs", "kv_cache"}  # not in torch's allocator
         self._peak = 0
+        torch.cuda.device = self
 
     def mem_get_info(self) -> tuple[int, int]:
         """(free, total), as torch.cuda.mem_get_info."""
@@ -39,7 +58,7 @@ class Device:
 
     def _view(self) -> tuple[int, int, int]:
         """(free, total, what can still be had)."""
-        held = sum(self._held.values())
+        held = sum(self._held.values()) + _waiting_bytes()
         if fixed := setting("FREE_BYTES"):
             left = max(0, int(fixed) - held)
             return left, int(setting("TOTAL_BYTES", fixed)), left
@@ -73,6 +92,11 @@ class Device:
             block = mmap.mmap(-1, touched, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             block[:: mmap.PAGESIZE] = b"\1" * -(-touched // mmap.PAGESIZE)
             self._touched[what] = block
+
+    def leave_waiting(self, size_bytes: int) -> None:
+        """What was given back waits in per-CPU lists, and is not free until somebody drains them."""
+        if waiting := setting("WAITING"):
+            Path(waiting).write_text(str(_waiting_bytes() + size_bytes), encoding="utf-8")
 
     def give_back(self, what: str) -> None:
         self._held.pop(what, None)

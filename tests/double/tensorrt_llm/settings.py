@@ -6,6 +6,8 @@ file (`{"VERSION": "1.4.0rc1"}`): the worker of a run gets no variables of its u
 VERSION              which version of TensorRT-LLM it stands for; default 1.2.1
 TOTAL_BYTES          what cudaMemGetInfo calls total and free before anything is loaded; default: MemTotal and MemFree
 FREE_BYTES           of /proc/meminfo, which is what it answers on a GB10
+WAITING              file that stands for the per-CPU lists: what the dry run gave back waits there (bytes, as text) and is
+                     not free until somebody empties them by removing the file; default: it is free at once
 LATE_S               how long the worker keeps its memory after shutdown() has returned; default 0.3
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...device import Device
+from ...device import Device, torch
 from ...logger import logger
 from ...version import GENERATION, V1_0, V1_1, V1_3, V1_4
 from .resource_manager import GIB, KVCacheManager, KVCacheManagerV2, ResourceManagerType, as_printed
@@ -73,7 +73,7 @@ class KvCacheCreator:
         """
         device = self._device
         device.reset_peak()
-        free, total = device.mem_get_info()
+        free, total = torch.cuda.mem_get_info()
         model = device.torch_allocated
         logger.info(_profiled("Memory used after loading model weights (inside torch)", model))
         outside = max(total - free - model, 0)
@@ -82,7 +82,7 @@ class KvCacheCreator:
             self._conclude(total, total - free, temporary=0)
             return
         py_executor.run_dummy_requests()
-        free, total = device.mem_get_info()
+        free, total = torch.cuda.mem_get_info()
         extra = max(total - free - device.torch_allocated, 0)
         activation = device.torch_peak - model
         logger.info(_profiled("Memory dynamically allocated during inference (inside torch)", activation))

@@ -51,10 +51,10 @@ class PyExecutor:
         return self.resource_manager.resource_managers[ResourceManagerType.KV_CACHE_MANAGER]
 
     def run_dummy_requests(self) -> None:
-        self._device.take(
-            "activation", self._args.max_num_tokens * self._width * ACTIVATION_PER_TOKEN_AND_WIDTH
-        )
+        size = self._args.max_num_tokens * self._width * ACTIVATION_PER_TOKEN_AND_WIDTH
+        self._device.take("activation", size)
         self._device.give_back("activation")
+        self._device.leave_waiting(size)
 
     def shutdown(self) -> None:
         """The temporary executor and its cache go; weights and context stay."""
