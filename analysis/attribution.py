@@ -4,6 +4,8 @@
     dKV = f (dfree - dtransient + dtemporary) + final_reading + engine
     dfree = dMemTotal - dcache - danonymous - ... + dview + rest
 
+Of vLLM's law, KV = fraction x total - peak, each byte that is held costs a whole byte of KV, and one of total is worth f.
+
 Every term is in KV bytes. `temporary` is the KV cache of TensorRT-LLM's dry run, which is in its peak and given back; engines
 without one have 0. `final_reading` is what the smaller of two readings took: TensorRT-LLM reads free memory again when it builds
 the pool. `engine` (caps, rounding to blocks, and of terms that were printed rounded) and `rest` (pages in no counter, and
@@ -21,11 +23,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from spark_ray.measurements import LAW, LAW_TRT_LLM
+from spark_ray.measurements import LAW, LAW_TRT_LLM, LAW_VLLM, SIMULATED
 
 from . import statistics
 
-LAWS = (LAW, LAW_TRT_LLM)
+LAWS = (LAW, LAW_TRT_LLM, LAW_VLLM)
 """Laws along which a difference can be divided; of any other all of it is `rest`."""
 
 TERMS = {
@@ -67,13 +69,23 @@ def delta(base: Any, arm: Any, column: str) -> float | None:
     return None if before is None or after is None else after - before
 
 
+def law_of(row: Any) -> str | None:
+    """The law along which a row was sized, simulated or not; None for one that is not known here."""
+    law = None if pd.isna(row["sizing_law"]) else str(row["sizing_law"]).removeprefix(SIMULATED)
+    return law if law in LAWS else None
+
+
 def law_holds(row: Any) -> bool:
-    return not pd.isna(row["sizing_law"]) and row["sizing_law"] in LAWS
+    return law_of(row) is not None
+
+
+def view_of(row: Any) -> str | None:
+    return None if pd.isna(row["sizing_view"]) else str(row["sizing_view"]).removeprefix(SIMULATED)
 
 
 def ruler(row: Any) -> Ruler | None:
     """What decided how much this engine found free; None where its view is not known."""
-    view = None if pd.isna(row["sizing_view"]) else row["sizing_view"]
+    view = view_of(row)
     if view in {"memfree", "memavailable"}:
         return "host"
     if view == "cgroup":
@@ -200,20 +212,27 @@ def decompose(base: Any, arm: Any) -> dict[str, float | None]:
     terms: dict[str, float | None] = dict.fromkeys(TERMS)
     kv, free = delta(base, arm, "kv_cache_bytes"), delta(base, arm, "sizing_free_bytes")
     transient, fraction = delta(base, arm, "sizing_transient_bytes"), known(base["sizing_fraction"])
+    laws = {law_of(base), law_of(arm)}
+    comparable = None not in laws and (laws == {LAW_VLLM} or LAW_VLLM not in laws)
     if kv is None:
         return terms
-    if free is None or transient is None or fraction is None or not (law_holds(base) and law_holds(arm)):
+    if free is None or transient is None or fraction is None or not comparable:
         return terms | {"rest": kv}
+    worth = 1.0 if laws == {LAW_VLLM} else fraction  # KV bytes for a byte of free memory
+    by_total = (fraction - worth) * (delta(base, arm, "sizing_total_bytes") or 0.0)
     holders = _free(base, arm, free)
-    terms |= {name: None if change is None else fraction * change for name, change in holders.items()}
+    terms |= {name: None if change is None else worth * change for name, change in holders.items()}
     own: dict[str, float | None] = dict.fromkeys(OWN)
     terms |= own | {"rest": None}
-    terms["rest"] = fraction * free - sum(value for value in terms.values() if value is not None)
+    terms["rest"] = worth * free - sum(value for value in terms.values() if value is not None)
+    if by_total:
+        terms["memory_total"] = (terms["memory_total"] or 0.0) + by_total
     temporary, taken = _change(_temporary(base), _temporary(arm)), _change(_taken(base), _taken(arm))
-    own["activations"] = -fraction * transient
-    own["temporary_kv"] = None if temporary is None else fraction * temporary
+    own["activations"] = -worth * transient
+    own["temporary_kv"] = None if temporary is None else worth * temporary
     own["final_reading"] = None if taken is None else -taken
-    own["engine"] = kv - fraction * free - sum(value for value in own.values() if value is not None)
+    by_law = worth * free + by_total + sum(value for value in own.values() if value is not None)
+    own["engine"] = kv - by_law
     return terms | own
 
 

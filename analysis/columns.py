@@ -16,6 +16,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "max_batch_size": "sequences that the engine runs at once, at most",
         "max_num_tokens": "tokens of one engine step, at most",
         "memory_fraction": "share of the memory found free that may become KV cache",
+        "knobs": "further knobs of the configuration as JSON, by their place in the YAML; sizes in bytes, durations in seconds",
         "environment": "kind of environment",
         "engine": "kind of engine",
         "block_index": "place of the block in the run, from 0",
@@ -93,3 +94,17 @@ SAMPLES = {
     "cgroup_file_bytes": "page cache of the worker's group",
 }
 """Columns of samples/*.parquet: the fields of samples.json."""
+
+MAP = {
+    "AXIS": "each axis of the search, one column by its name: values of the grid, or the one value",
+    "kv_ARM_mean_bytes": "expected KV capacity if the arm works; throughput_ARM_mean_tokens_per_s where that was mapped",
+    "kv_ARM_sd_bytes": "how unsure that is, without the noise of a single trial",
+    "feasible_ARM": "how probably the arm has any capacity, 0 to 1",
+    "contrast_mean": "expected 1 − KV(against) / KV(baseline), if both work",
+    "contrast_sd": "how unsure that is",
+    "divergence_probability": "how probably the contrast exceeds the margin, or one arm alone works (target boundary: the latter); bands as wide as the stopping rule has them",
+    "undecided": "true: that probability is neither below 0.025 nor above 0.975",
+    "simulated": "true: capacities come from a formula",
+    "engine_is_double": "true: a test double stood in for the engine's library",
+}
+"""Columns of map.parquet. ARM is the baseline and the other arm, in turn; AXIS is written out."""

@@ -9,15 +9,13 @@ import pandas as pd
 
 from spark_ray.divergence import contrast
 
-from .attribution import TERMS, column, decompose, delta, known, law_holds
-from .frames import table
+from .attribution import TERMS, column, decompose, delta, known, law_holds, view_of
+from .frames import BASIC, table
 from .reading import COUNT, FLAG, NUMBER, TEXT
-
-CONFIGURATION = ("max_batch_size", "max_num_tokens", "memory_fraction")
 
 _KINDS = {
     "block_id": TEXT, "block_index": COUNT, "arm": TEXT, "baseline": TEXT,
-    "max_batch_size": COUNT, "max_num_tokens": COUNT, "memory_fraction": NUMBER,
+    "max_batch_size": COUNT, "max_num_tokens": COUNT, "memory_fraction": NUMBER, "knobs": TEXT,
     "baseline_outcome": TEXT, "outcome": TEXT, "before_baseline": FLAG,
     "baseline_kv_cache_bytes": COUNT, "kv_cache_bytes": COUNT, "delta_kv_cache_bytes": COUNT, "contrast": NUMBER,
     "delta_page_cache_bytes": COUNT, "predicted_delta_bytes": NUMBER, "unpredicted_bytes": NUMBER,
@@ -27,7 +25,7 @@ _KINDS = {
 
 def predicted(base: Any, arm: Any) -> float | None:
     """Difference in KV bytes that page cache alone would make: -fraction x (cache of the arm - of the baseline)."""
-    views = {str(row["sizing_view"]) for row in (base, arm)}
+    views = {view_of(row) for row in (base, arm)}
     change, fraction = delta(base, arm, "sizing_page_cache_bytes"), known(base["sizing_fraction"])
     if views != {"memfree"} or change is None or fraction is None or not (law_holds(base) and law_holds(arm)):
         return None
@@ -39,7 +37,8 @@ def has_capacity(row: Any) -> bool:
 
 
 def _pair(base: Any, arm: Any) -> dict[str, Any]:
-    row = {name: known(base[name]) for name in CONFIGURATION} | {
+    row = {name: known(base[name]) for name in BASIC} | {
+        "knobs": base["knobs"],
         "block_id": base["block_id"], "block_index": base["block_index"], "arm": arm["arm"], "baseline": base["arm"],
         "baseline_outcome": base["outcome"], "outcome": arm["outcome"],
     }  # fmt: skip

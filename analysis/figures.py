@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from spark_ray.outcome import ANSWERS
 from spark_ray.units import GIB, MIB
 
-from .contrasts import CONFIGURATION
+from .frames import configuration
 from .verdict import Comparison
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
@@ -95,11 +95,12 @@ def finish(figure: go.Figure, height: int, above: int = 0, **layout: Any) -> go.
 
 
 def _configuration(row: Any) -> str:
-    found = {name: row[name] for name in CONFIGURATION if not pd.isna(row[name])}
     short = {"max_batch_size": "batch", "max_num_tokens": "tokens", "memory_fraction": "fraction"}
     return ", ".join(
-        f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}"
-        for name, value in found.items()
+        f"{short.get(name, name)} {value:.3g}"
+        if isinstance(value, float)
+        else f"{short.get(name, name)} {value}"
+        for name, value in configuration(row).items()
     )
 
 
@@ -291,6 +292,21 @@ def representative(pairs: pd.DataFrame, against: str) -> str | None:
         return str(pairs["block_id"].iloc[0]) if len(pairs) else None
     distance = (rows["contrast"] - rows["contrast"].median()).abs()
     return str(rows["block_id"].iloc[int(distance.to_numpy(dtype=float).argmin())])
+
+
+def stamped(drawn: Figure, mark: str) -> Figure:
+    """With a mark that goes where a picture of it goes."""
+    drawn.figure.add_annotation(
+        text=mark,
+        xref="paper",
+        yref="paper",
+        x=0.5,
+        y=0.5,
+        showarrow=False,
+        opacity=0.5,
+        font={"size": 40, "color": NEUTRAL},  # on a heatmap in a dark page too
+    )
+    return replace(drawn, title=f"{mark}: {drawn.title}")
 
 
 def drawn(*makers: Callable[[], Figure | None]) -> list[Figure]:

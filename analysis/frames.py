@@ -19,6 +19,7 @@ from spark_ray.units import format_bytes
 from . import gpu, host, matmul, sizing
 from .reading import COUNT, FLAG, NUMBER, READ, TEXT, Record, at, count, number, observations, pick, text
 
+_TERMS = ("result", "measurements", "sizing", "terms")
 _LATENCY = ("result", "measurements", "throughput", "latency")
 TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": (TEXT, ("run",)),
@@ -88,8 +89,10 @@ TRIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "sampling_cpu_s": (NUMBER, ("host", "samples", "cpu_s")),
     "lowest_mem_available_bytes": (COUNT, ("host", "samples", "lowest_mem_available_bytes")),
 }
+BASIC = ("max_batch_size", "max_num_tokens", "memory_fraction")
+"""The knobs that every configuration has, each a column; further ones are together in the column `knobs`."""
 _TRIAL_DERIVED = {
-    "block_index": COUNT, "treatment": TEXT, "setup": TEXT, "fake": FLAG, "simulated": FLAG, "probe": FLAG, "engine_is_double": FLAG,
+    "block_index": COUNT, "knobs": TEXT, "treatment": TEXT, "setup": TEXT, "fake": FLAG, "simulated": FLAG, "probe": FLAG, "engine_is_double": FLAG,
     "sizing_per_cpu_free_bytes": COUNT, "sizing_own_anon_bytes": COUNT, "sizing_other_anon_bytes": COUNT,
     "peak_memory_bytes": COUNT, "peak_memory_source": TEXT, "cgroup_peak_bytes": COUNT, "swap_used_bytes": COUNT,
     "mem_total_change_bytes": COUNT, "outside_readable": FLAG,
@@ -160,6 +163,20 @@ def _set_on_purpose(treatment: Any) -> Any:
     return {key: each for key, each in treatment.items() if (key, each) not in _UNTREATED.items()}
 
 
+def _further(configuration: Any) -> str | None:
+    """The further knobs of a configuration as JSON; None where it has none."""
+    if not isinstance(configuration, Mapping):
+        return None
+    found = {str(key): each for key, each in configuration.items() if key not in BASIC}
+    return text(json.dumps(found)) if found else None
+
+
+def configuration(row: Any) -> dict[str, Any]:
+    """The configuration that a row is of, by knob; what is not known is left out."""
+    found = {name: row[name] for name in BASIC if not pd.isna(row[name])}
+    return found if pd.isna(row["knobs"]) else found | json.loads(row["knobs"])
+
+
 # ---- tables -----------------------------------------------------------------------------------------------
 
 
@@ -181,6 +198,14 @@ def _peak(record: Record) -> tuple[int | None, str | None]:
     return None, None
 
 
+def _setup(record: Record) -> list[Any]:
+    """What makes an arm what it is; a user's landscape is told the arm's name besides."""
+    parts = [
+        record.get(part) for part in ("environment", "treatment", "engine", "executor") if part in record
+    ]
+    return [*parts, record.get("arm")] if at(record, "engine", "landscape") is not None else parts
+
+
 def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
     outside, inside = observations(record, "outside"), observations(record, "inside")
     infos = [memory_terms(at(seen, "meminfo")) for seen in (*outside, *inside)]
@@ -194,13 +219,18 @@ def _derived(record: Record, indices: Mapping[str, int]) -> dict[str, Any]:
     own = count(at(seen, "tree", "pss_anon_bytes"))
     lists = count(at(record, "result", "measurements", "sizing", "per_cpu_free_bytes"))  # beside that meminfo
     peak, source = _peak(record)
+    simulated = sizing.is_simulated(record)
+    if simulated:  # its machine, where there is one, is not the one that was observed
+        own, lists, seen = count(at(record, *_TERMS, "own_bytes")), None, None
+        peak, source = None, None
     evidence = at(record, "host", "outside")
     return {
         "block_index": indices.get(text(record.get("block_id")) or ""),
+        "knobs": _further(at(record, "configuration")),
         "treatment": words(_set_on_purpose(record.get("treatment"))),
-        "setup": words([record.get(part) for part in ("environment", "treatment", "engine", "executor") if part in record]),
+        "setup": words(_setup(record)),
         "fake": at(record, "engine", "kind") == "fake" or at(record, "result", "measurements", "engine", "fake") is True,
-        "simulated": at(record, "engine", "kind") == "simulated",
+        "simulated": simulated,
         "probe": at(record, "engine", "kind") == "probe",
         "engine_is_double": at(record, "engine", "double") is not None
         or at(record, "result", "measurements", "engine", "engine_is_double") is True,

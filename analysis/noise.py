@@ -42,12 +42,18 @@ class Twin:
 
 
 def twins(trials: pd.DataFrame, pairs: pd.DataFrame, baseline: str) -> list[Twin]:
-    """The arms that equal the baseline (environment, treatment, engine, executor), with their contrast."""
-    made = trials.dropna(subset=["setup"]).groupby("arm")["setup"].first()
+    """The arms that equal the baseline (environment, treatment, engine, executor) in every block, with their contrast.
+
+    Knobs make an arm another one from block to block.
+    """
+    made = trials.dropna(subset=["setup"]).groupby(["block_id", "arm"])["setup"].first().unstack("arm")
+    if baseline not in made:
+        return []
+    shared = {str(arm): made[[arm, baseline]].dropna() for arm in made if arm != baseline}
     return [
         Twin(arm, baseline, statistics.paired([float(v) for v in pairs[pairs["arm"] == arm]["contrast"].dropna()]))
-        for arm in map(str, made.index)
-        if arm != baseline and made[arm] == made.get(baseline)
+        for arm, both in shared.items()
+        if len(both) and (both[arm] == both[baseline]).all()
     ]  # fmt: skip
 
 

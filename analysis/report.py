@@ -23,9 +23,9 @@ from spark_ray.errors import SparkRayError
 from spark_ray.store import Store, write_durably
 from spark_ray.units import MIB, format_bytes
 
-from . import contrasts, figures, matmul, steps, verdict
+from . import figures, matmul, steps, verdict
 from .attribution import TERMS
-from .frames import words
+from .frames import BASIC, configuration, words
 from .reading import at, text
 from .run import Analysis, analyse
 from .summary import summarise
@@ -40,9 +40,10 @@ _HASH = re.compile(r"(?<![0-9a-f])[0-9a-f]{40,64}(?![0-9a-f])")
 
 def _draw(found: Analysis) -> list[figures.Figure]:
     style = figures.Style(found.arms)
-    block = figures.representative(found.pairs, found.against)
+    # memory over time is this host's, which a simulated engine has no part in
+    block = None if found.is_simulated else figures.representative(found.pairs, found.against)
     executed = [each for each in found.comparisons if each.arm in found.arms]
-    return figures.drawn(
+    drawn = figures.drawn(
         lambda: figures.capacity(found.trials, style),
         lambda: figures.contrast(found.pairs, executed, style),
         lambda: steps.waterfall(found.main),
@@ -51,6 +52,29 @@ def _draw(found: Analysis) -> list[figures.Figure]:
         lambda: figures.phases(found.phases, block, style) if block else None,
         lambda: figures.timeline(found.samples, found.phases, block, style) if block else None,
     )
+    return _marked(found, drawn)
+
+
+def _marked(found: Analysis, drawn: list[figures.Figure]) -> list[figures.Figure]:
+    return [figures.stamped(each, found.mark) for each in drawn] if found.mark else drawn
+
+
+def _map(found: Analysis) -> dict[str, Any] | None:
+    """What the section of the map is made of; None: the run has none, and nobody asked for one."""
+    if found.map is None:
+        return None
+    from . import map_figures, map_table, map_words
+
+    if isinstance(found.map, map_table.NoMap):
+        return {"missing": found.map.reason, "figures": []}
+    return {
+        "missing": None,
+        "headline": map_words.headline(found.map),
+        "sentences": map_words.sentences(found.map),
+        "best": map_words.best_rows(found.map),
+        "quantity": found.map.quantity.words,
+        "figures": _marked(found, map_figures.figures(found.map, figures.Style(found.arms))),
+    }
 
 
 def _block_rows(found: Analysis) -> list[dict[str, Any]]:
@@ -66,7 +90,7 @@ def _block_rows(found: Analysis) -> list[dict[str, Any]]:
         rows.append(
             {
                 "block_id": block_id,
-                "configuration": {name: block[name].iloc[0] for name in contrasts.CONFIGURATION},
+                "configuration": dict.fromkeys(BASIC) | configuration(block.iloc[0]),
                 "order": [str(arm) for arm in block.sort_values("position")["arm"]],
                 "kv": [kv.get(arm) for arm in found.arms],
                 "contrast": numbers.get("contrast"),
@@ -171,7 +195,8 @@ def write_page(path: Path, page: str) -> None:
 
 
 def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
-    drawn = _draw(found)
+    drawn, mapped = _draw(found), _map(found)
+    charts = [*(mapped["figures"] if mapped else []), *drawn]
     unhappy = found.trials[
         (found.trials["outcome"] != "ok").fillna(True) | (found.trials["standing"] != "counts")
     ]
@@ -179,7 +204,7 @@ def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
         name: words for name, words in TERMS.items() if any(_moves(each, name) for each in found.comparisons)
     }
     return templates().get_template("report.html").render(
-        products=matmul.rows(found.valid, found.arms, found.baseline), summary=summary, found=found, figures=drawn, charts=_script_json(_charts(drawn)),
+        products=matmul.rows(found.valid, found.arms, found.baseline), summary=summary, found=found, figures=drawn, map=mapped, charts=_script_json(_charts(charts)),
         plotly=Markup(get_plotlyjs()), blocks=_block_rows(found), terms=parts, ladder=found.ladder,  # noqa: S704  the library itself
         unhappy=[row for _, row in unhappy.iterrows()], verdicts=[verdict.sentence(each) for each in found.comparisons if each.arm in found.arms],
         differing=[row for row in found.properties if row.differs and not row.expected],
@@ -196,10 +221,10 @@ def _moves(found: verdict.Comparison, term: str) -> bool:
     return each is not None and (term == "rest" or bool(each.mean) or bool(each.sd))
 
 
-def write(folder: Path) -> dict[str, Any]:
-    """Derive everything from the records of the run in `folder`; returns the summary."""
+def write(folder: Path, *, with_map: bool = False) -> dict[str, Any]:
+    """Derive everything from the records of the run in `folder`, a map too if asked for; returns the summary."""
     store = Store.read(folder)
-    found = analyse(store)
+    found = analyse(store, with_map=with_map)
     summary = summarise(found)
     page = render(found, summary, folder.resolve())
     write_durably(folder / "summary.json", summary)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,6 +13,9 @@ from spark_ray.store import Store
 from . import audit, contrasts, fingerprint, frames, ladder, noise, predictions, verdict
 from .findings import Evidence, Finding
 from .reading import at, text
+
+if TYPE_CHECKING:
+    from .map_table import Map, NoMap
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Analysis:
     arms: tuple[str, ...]
     baseline: str
     against: str
+    map: Map | NoMap | None = None
+    """None: nobody asked for one."""
 
     @property
     def main(self) -> verdict.Comparison:
@@ -47,6 +52,17 @@ class Analysis:
         """Whether a test double stood in for the engine's library, in any attempt or by plan."""
         planned = at(self.plan, "experiment", "engine", "double") is not None
         return planned or bool(self.trials["engine_is_double"].fillna(False).any())
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether a formula made the numbers, in any attempt or by plan."""
+        planned = at(self.plan, "experiment", "engine", "kind") == "simulated"
+        return planned or bool(self.trials["simulated"].fillna(False).any())
+
+    @property
+    def mark(self) -> str:
+        """Said with every number and figure, where what made them is no engine."""
+        return "DOUBLE" if self.is_double else "SIMULATED" if self.is_simulated else ""
 
     @property
     def noise_floor(self) -> float | None:
@@ -69,8 +85,11 @@ def _arms(plan: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
     return tuple(executed), baseline, against
 
 
-def analyse(store: Store) -> Analysis:
-    """Read all records and derive everything the report says; writes nothing but the parquet tables."""
+def analyse(store: Store, *, with_map: bool = False) -> Analysis:
+    """Read all records and derive everything the report says; writes nothing but the parquet tables.
+
+    A run that the sampler `map` searched has a map; `with_map`: any other too.
+    """
     plan, records = store.plan, list(store.records())
     arms, baseline, against = _arms(plan)
     trials, phases = frames.trials(records, frames.block_indices(store)), frames.phases(records)
@@ -83,12 +102,30 @@ def analyse(store: Store) -> Analysis:
     twins = tuple(noise.twins(trials, pairs, baseline))
     seen = Evidence(plan, trials, pairs, samples, arms, baseline, against, len(rivals), bool(twins))
     climbed = ladder.climb(plan, trials, arms)
-    if climbed is not None:
-        climbed.pairs.to_parquet(store.folder / "ladder.parquet", index=False)
-    return Analysis(
+    found = Analysis(
         plan, trials, phases, samples, pairs, comparisons, tuple(properties), tuple(rivals), tuple(audit.findings(seen)),
         climbed, predictions.judge_all(plan, trials, baseline), twins, arms, baseline, against,
     )  # fmt: skip
+    if climbed is not None:
+        marked = climbed.pairs.assign(simulated=found.is_simulated, engine_is_double=found.is_double)
+        marked.to_parquet(store.folder / "ladder.parquet", index=False)
+    if with_map or at(plan, "experiment", "search", "sampler") == "map":
+        return replace(found, map=_map(store, found))
+    return found
+
+
+def _map(store: Store, found: Analysis) -> Map | NoMap:
+    """The map of a run, written as a table."""
+    from . import map_table  # whoever has no map need not wait for its libraries
+
+    missing = [arm for arm in (found.baseline, found.against) if arm not in found.arms]
+    if missing:
+        return map_table.NoMap(f"{' and '.join(missing)} was left out of this run")
+    made = map_table.of_run(store)
+    if isinstance(made, map_table.Map):
+        rows = map_table.table(made, simulated=found.is_simulated, double=found.is_double)
+        rows.to_parquet(store.folder / map_table.FILE, index=False)
+    return made
 
 
 def verdict_of(found: Analysis) -> str:
@@ -98,7 +135,7 @@ def verdict_of(found: Analysis) -> str:
         first = "NOT A MEASUREMENT: the engine is fake and its numbers mean nothing. "
     elif found.is_double:
         first = "DOUBLE: a stand-in for TensorRT-LLM, no engine ran; its numbers are no measurements. "
-    elif found.trials["simulated"].fillna(False).any():
+    elif found.is_simulated:
         first = "SIMULATED: no engine ran, capacities come from a formula. "
     elif (
         found.trials["probe"].fillna(False).any() or at(found.plan, "experiment", "engine", "kind") == "probe"
@@ -115,9 +152,20 @@ def verdict_of(found: Analysis) -> str:
         else ""
     )
     floor = None if found.is_twin else found.noise_floor
-    said = first + same + verdict.sentence(found.main, floor)
+    said = first + same + _of_map(found) + verdict.sentence(found.main, floor)
     widest = sorted(found.twins, key=lambda twin: twin.floor or 0.0)[-1:]
     return " ".join([said, *map(verdict.noise_sentence, widest), *_judged(found)])
+
+
+def _of_map(found: Analysis) -> str:
+    """The map's answer, before that of the blocks, which lie where the search looked and so are no sample of the space."""
+    if at(found.plan, "experiment", "search", "sampler") != "map":
+        return ""
+    from . import map_table, map_words
+
+    if not isinstance(found.map, map_table.Map):
+        return ""
+    return f"{map_words.headline(found.map)} Of the blocks alone, which lie where the search looked: "
 
 
 def _judged(found: Analysis) -> list[str]:

@@ -114,7 +114,15 @@ def _device(record: Record) -> dict[str, int | None]:
     return {}
 
 
+def is_simulated(record: Record) -> bool:
+    """No engine ran and no memory was read: what this host held has no part in the capacity."""
+    marked = at(record, "result", "measurements", "engine", "simulated") is True
+    return marked or at(record, "engine", "kind") == "simulated"
+
+
 def of_record(record: Record) -> dict[str, int | None]:
+    if is_simulated(record):
+        return {}
     treatment, seen = at(record, "treatment"), at(record, "host", "at_sizing")
     inside = at_sizing(record, "inside")
     fill, model = at(treatment, "page_cache"), count(at(inside, "model_files", "resident_bytes"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -11,6 +11,9 @@ from spark_ray.outcome import ANSWERS
 from . import ladder, matmul, predictions, statistics, verdict
 from .reading import at, text
 from .run import Analysis, verdict_of
+
+if TYPE_CHECKING:
+    from .map_table import Map, NoMap
 
 _NO_CAPACITY = ANSWERS - {"ok"}
 
@@ -69,6 +72,14 @@ def _interval(paired: statistics.Paired) -> dict[str, float | None]:
     return {"mean_bytes": paired.mean, "low_bytes": paired.low, "high_bytes": paired.high}
 
 
+def _map(found: Map | NoMap | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    from . import map_table, map_words
+
+    return map_words.summary(found) if isinstance(found, map_table.Map) else {"missing": found.reason}
+
+
 def summarise(found: Analysis) -> dict[str, Any]:
     return {
         "name": text(at(found.plan, "experiment", "name")) or "?",
@@ -77,6 +88,7 @@ def summarise(found: Analysis) -> dict[str, Any]:
         "created_at": text(at(found.plan, "created_at")),
         "verdict": verdict_of(found),
         "engine_is_double": found.is_double,
+        "simulated": found.is_simulated,
         "baseline": found.baseline,
         "against": found.against,
         "noise_floor": found.noise_floor,
@@ -86,6 +98,7 @@ def summarise(found: Analysis) -> dict[str, Any]:
         "contrasts": [_contrast(each) for each in found.comparisons],
         "matmul": [each.as_dict() for each in matmul.rows(found.valid, found.arms, found.baseline)],
         "ladder": ladder.summary(found.ladder),
+        "map": _map(found.map),
         "predictions": [predictions.summary(each) for each in found.predictions],
         "rivals": [row.name for row in found.rivals],
         "findings": [{"severity": each.severity, "sentence": each.sentence} for each in found.findings],

@@ -10,7 +10,8 @@ import yaml
 
 from spark_ray import config, opening
 from spark_ray.cluster import one_local_node
-from spark_ray.execute import Drive, LocalSlots
+from spark_ray.drive import Drive, Known
+from spark_ray.execute import LocalSlots
 from spark_ray.plan import Block
 from spark_ray.preview import preview, probe
 from spark_ray.search import Search
@@ -22,7 +23,9 @@ class Quiet:
 
     def trial_started(self, slot: str, block: Block, arm: str, attempt: int) -> None: ...
     def trial_ended(self, slot: str, block: Block, arm: str, outcome: Mapping[str, str]) -> None: ...
-    def block_ended(self, state: BlockState, divergence: float | None) -> None: ...
+    def block_ended(
+        self, state: BlockState, divergence: float | None, known: Known | None = None
+    ) -> None: ...
 
 
 class Run:

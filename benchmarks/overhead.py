@@ -35,7 +35,8 @@ from rivals import fresh_actor, optuna_and_process, optuna_study, plain_process,
 
 from spark_ray import config, host, opening
 from spark_ray.cluster import one_local_node
-from spark_ray.execute import Drive, LocalSlots
+from spark_ray.drive import Drive, Known
+from spark_ray.execute import LocalSlots
 from spark_ray.plan import Block
 from spark_ray.preview import preview, probe
 from spark_ray.search import Search
@@ -88,7 +89,7 @@ class Clock:
         if outcome["kind"] != "ok":
             raise RuntimeError(f"{block.trial_id(arm)}: {dict(outcome)}")
 
-    def block_ended(self, state: BlockState, divergence: float | None) -> None:  # noqa: ARG002
+    def block_ended(self, state: BlockState, divergence: float | None, known: Known | None = None) -> None:  # noqa: ARG002
         now = time.monotonic()
         self.per_trial_s.append((now - self.block_started) / len(state.block.order))
         self.block_started = now

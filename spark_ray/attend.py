@@ -41,6 +41,7 @@ class Job:
     seed: int
     reference: Reference | None = None  # what its measurements are held against; None: no model is loaded
     needs_gpu: bool = False  # weights and pool are device memory, which swap cannot hold
+    moment: dict[str, int] = field(default_factory=dict)  # where in the run it stands: block, position, arms
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import IO
 
@@ -15,14 +14,12 @@ from rich.console import Console
 
 from . import (
     __version__,
+    cli_content,
     config,
     content,
     explain,
     image,
-    pin,
-    rootfs,
-    rootfs_check,
-    rootfs_image,
+    power,
     running,
     selftest,
     several,
@@ -30,13 +27,13 @@ from . import (
     sweep,
 )
 from . import doctor as diagnose
+from . import pilot as pilot_run
 from . import reap as reaper
 from .completion import FOLDER, YAML
 from .diagnose import explain_all
-from .errors import EXIT_OK, EXIT_UNAVAILABLE, InputError, UnavailableError
+from .errors import EXIT_OK, EXIT_UNAVAILABLE, UnavailableError
 from .store import Store
 from .terminal import show_checks, show_overview, show_standing, show_summary
-from .units import format_bytes
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,6 +43,8 @@ def command() -> None:
 
 
 command.add_command(sweep.command, "sweep")
+command.add_command(cli_content.rootfs_group)
+command.add_command(cli_content.image_group)
 
 
 @command.command()
@@ -66,6 +65,30 @@ def plan(
     """Print everything a sweep would do, and do nothing."""
     options = running.Options(plan=True, cluster=cluster, allow_roots=allow_roots)
     return running.run(experiment, sweep.rehearsed(experiment, double_folder) + overrides, options)
+
+
+@command.command()
+@click.argument("experiment", type=YAML)
+@click.option(
+    "--blocks", type=click.IntRange(min=power.FEWEST_BLOCKS), default=8, show_default=True, help="Its budget."
+)
+@click.option("--out", type=FOLDER, help="The run folder (default: runs/NAME-pilot).")
+@click.option("--local", is_flag=True, help="Without Ray.")
+@click.option("--address", help="Join the Ray cluster at this address.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print everything that would happen, and stop.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change one value of the experiment."
+)
+@sweep.ALLOW_ROOT
+@sweep.DOUBLE
+def pilot(
+    experiment: Path, blocks: int, out: Path | None, local: bool, address: str | None, plan_only: bool,
+    overrides: tuple[str, ...], allow_roots: tuple[Path, ...], double_folder: Path | None,
+) -> int:  # fmt: skip
+    """Measure the noise floor of EXPERIMENT: its baseline arm beside a copy of itself, over the same space."""
+    options = running.Options(out=out, local=local, address=address, plan=plan_only, allow_roots=allow_roots)
+    changes = sweep.rehearsed(experiment, double_folder) + overrides
+    return pilot_run.run(experiment, changes, blocks, options)
 
 
 @command.command()
@@ -97,24 +120,47 @@ def status(run: Path, as_json: bool) -> None:
 
 @command.command()
 @click.argument("run", type=FOLDER)
+@click.option(
+    "--map", "with_map", is_flag=True, help="With a map, though another sampler chose the blocks of RUN."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def report(run: Path, as_json: bool) -> None:
+def report(run: Path, with_map: bool, as_json: bool) -> None:
     """Write RUN's tables and report again from its records; of a folder of runs each, and index.html over them."""
     from analysis import overview
     from analysis import report as writer
 
     if several.is_run(run):
-        summary = writer.write(run)
+        summary = writer.write(run, with_map=with_map)
         if as_json:
             click.echo(json.dumps(summary))
         else:
             show_summary(Console(), summary, str(run / "report.html"))
         return
+    if with_map:
+        raise click.UsageError("--map is of one run: name its folder")
     rows = overview.write(run, several.runs_in(run), again=True)
     if as_json:
         click.echo(json.dumps(rows))
     else:
         show_overview(Console(), rows, str(run / overview.PAGE))
+
+
+@command.command()
+@click.argument("run", type=FOLDER)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="AXIS=VALUE",
+    help="Where on an axis that RUN searched; once for each of them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def predict(run: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """KV capacity of both arms at a configuration that RUN did not measure, from those that it did, with 95 % intervals."""
+    from . import predict as mapped  # takes the libraries of the map, which no other command should wait for
+
+    found = mapped.predict(Store.read(run), settings)
+    click.echo(json.dumps(found.as_dict()) if as_json else mapped.words(found))
 
 
 @command.command()
@@ -219,129 +265,6 @@ def reap(run: Path | None, with_cache: bool, dry_run: bool) -> None:
             client.close()
     if not found:
         click.echo("nothing is left behind")
-
-
-# ---- rootfs and image -------------------------------------------------------------------------------------
-
-
-@command.group("rootfs")
-def rootfs_group() -> None:
-    """Trees that chroot arms run in, and that images are made from."""
-
-
-def _describe(tree: rootfs.Rootfs) -> None:
-    click.echo(f"rootfs  {tree.path}\nsha256  {tree.sha256}\npython  {tree.python}")
-    if tree.image_id:
-        click.echo(
-            f"image   {tree.origin}\nid      {tree.image_id}\nstarts  {' '.join(tree.entrypoint) or 'without an entrypoint'}"
-        )
-    for mount in tree.mounts:
-        click.echo(f"bind    {mount.source}{' (read-only)' if mount.read_only else ''}")
-
-
-@rootfs_group.command("build")
-@click.option(
-    "--debootstrap",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Make a Debian tree in this folder instead.",
-)
-@click.option("--suite", default="bookworm", show_default=True, help="Debian release for --debootstrap.")
-def rootfs_build(folder: Path | None, suite: str) -> None:
-    """Make the host rootfs: a minimal tree with this interpreter and virtual environment bound read-only."""
-    _describe(
-        rootfs.debootstrap(folder, suite) if folder else rootfs.build_host(content.cache_folder() / "rootfs")
-    )
-
-
-@rootfs_group.command("extract")
-@click.argument("reference", metavar="IMAGE")
-@click.argument("folder", type=click.Path(path_type=Path))
-def rootfs_extract(reference: str, folder: Path) -> None:
-    """Unpack a local IMAGE into FOLDER, with its environment and entrypoint, for chroot arms."""
-    console = Console(stderr=True)
-    client = image.connect()
-    try:
-        with console.status("extracting") as shown:
-            tree = rootfs_image.extract(
-                client, reference, folder, lambda done: shown.update(f"extracting {format_bytes(done)}")
-            )
-    finally:
-        client.close()
-    _describe(tree)
-    for seen in rootfs_check.look(tree):
-        if seen.status != "ok":
-            click.echo(f"{seen.status:7} {seen.found} (mend: {seen.mend})")
-
-
-@command.group("image")
-def image_group() -> None:
-    """Docker images: made from a rootfs, or a vendor's."""
-
-
-@image_group.command("build")
-@click.option("--rootfs", "folder", type=FOLDER, help="The tree; default: the host rootfs.")
-@click.option("--tag", help="Name of the image; default: spark_ray/rootfs:HASH.")
-def image_build(folder: Path | None, tag: str | None) -> None:
-    """Make the Docker image of a tree, without a registry."""
-    tree = rootfs.load(folder) if folder else rootfs.build_host(content.cache_folder() / "rootfs")
-    client = image.connect()
-    try:
-        made = image.build(client, tree, tag)
-    finally:
-        client.close()
-    click.echo(f"image   {made.reference}\nid      {made.id}\nrootfs  {made.rootfs_sha256}")
-
-
-@image_group.command("pull")
-@click.argument("reference", metavar="IMAGE")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def image_pull(reference: str, yes: bool) -> None:
-    """Fetch IMAGE from its registry, after asking. Nothing else here ever does."""
-    registry = image.registry_of(reference)
-    click.echo(
-        f"{reference} would be fetched from {registry}. Its size is known there only; a TensorRT-LLM image takes tens of GB.",
-        err=True,
-    )
-    if not yes:
-        if not sys.stdin.isatty():
-            raise InputError("nothing was fetched: nobody is here to say yes", mend="add --yes")
-        if not click.confirm("Fetch it?", err=True):
-            click.echo("nothing was fetched")
-            return
-    console = Console(stderr=True)
-    client = image.connect()
-    try:
-        with console.status("fetching") as shown:
-            found = image.pull(client, reference, lambda done: shown.update(f"fetching {format_bytes(done)}"))
-    finally:
-        client.close()
-    click.echo(
-        f"image   {found.image.reference}\nid      {found.image.id}\nsize    {format_bytes(found.size_bytes)}"
-    )
-    for digest in found.digests:
-        click.echo(f"digest  {digest}")
-
-
-@image_group.command("pin")
-@click.argument("what", metavar="EXPERIMENT|IMAGE")
-@click.option("--write", is_flag=True, help="Put the digests into the file EXPERIMENT.")
-def image_pin(what: str, write: bool) -> None:
-    """Print the digest that the Docker engine recorded for IMAGE, or for each image that EXPERIMENT names."""
-    path = pin.experiment_in(what)
-    if write and path is None:
-        raise click.UsageError("--write needs an EXPERIMENT, a YAML file")
-    client = image.connect()
-    try:
-        found = pin.look_up(client, pin.images_of(pin.load(path)) if path else [what])
-    finally:
-        client.close()
-    for reference, name in found.items():
-        click.echo(name if path is None else f"{reference}  {name}")
-    if path is not None and not found:
-        click.echo("no docker arm names an image")
-    if write and path is not None:
-        pin.write(path, found)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from . import roots
+from . import knobs, roots
 from .cluster import Cluster, Node, memory_bandwidth
 from .errors import InputError
 from .experiment import Experiment
@@ -73,11 +73,11 @@ def load_experiment(
 
 
 def _paths(document: Document) -> Iterator[KeyPath]:
-    """The keys whose value is a folder."""
+    """The keys whose value is a folder or a file."""
     arms = document.at("arms")
-    places = (("environment", "rootfs"), ("engine", "double"))
+    places = (("environment", "rootfs"), ("engine", "double"), ("engine", "landscape", "file"))
     of_arms = [("arms", arm, *place) for arm in arms for place in places] if isinstance(arms, dict) else []
-    for path in [("model", "path"), ("engine", "double"), *of_arms]:
+    for path in [("model", "path"), ("search", "target", "pilot"), *places[1:], *of_arms]:
         value = document.at(*path)
         if isinstance(value, str) and (path[-1], value) != ("rootfs", "host"):
             yield path
@@ -302,7 +302,7 @@ def _override(document: Document, override: str, order: int) -> None:
     """Put one `key.path=value` into a document, in place."""
     place = Place(MAX_BYTES + order, f"--set {shorten(override)}")  # after the last line a file can have
     key, equals, value = override.partition("=")
-    steps = key.strip().split(".")
+    steps = knobs.steps(key.strip(), document.at(*knobs.WHERE))
     if not equals or not all(steps) or not _encodable(override):
         raise InputError(f"{place.where}: write it as key.path=value, such as search.blocks=8")
     container, path = document.data, ()  # type: Any, KeyPath

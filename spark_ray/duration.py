@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .engines import TensorRTLLMEngine
-from .experiment import Experiment, FractionRange, IntRange, Workload
+from .experiment import Experiment, Workload
+from .search_spec import Axis
 from .units import GIB
 
 IMPORT_S, WORKER_S, BUILD_S = 60.0, 15.0, 47.0
@@ -26,7 +27,7 @@ COOLDOWN_S = 60.0
 ASSUMED_WEIGHT_BYTES = round(15.2e9)
 """Where the model's folder is not there to be looked at: seven billion parameters in bf16."""
 
-_EMBEDDED_START_S, _PROBE_START_S, _DOUBLE_S = 8.0, 0.8, 4.0
+_EMBEDDED_START_S, _PROBE_START_S, _DOUBLE_S, _SIMULATED_S = 8.0, 0.8, 4.0, 0.1
 _TOUCHED_BYTES_PER_S = 2 * GIB
 
 
@@ -46,11 +47,13 @@ class TrialTime:
 
 def of_trial(experiment: Experiment, mem_free_bytes: int) -> TrialTime | None:
     """What is known beforehand; None for an engine of which nothing is."""
-    engine, fraction = experiment.engine, _middle(experiment.search.space.memory_fraction)
+    engine, fraction = experiment.engine, _middle(experiment.search.space.axes["memory_fraction"])
     if experiment.limits.expected_trial is not None:
         return TrialTime(experiment.limits.expected_trial, basis="limits.expected_trial")
     if isinstance(engine, TensorRTLLMEngine):
         return _tensorrt_llm(experiment, engine)
+    if engine.kind == "simulated":
+        return TrialTime(_SIMULATED_S, basis="simulated, no engine")
     start_s = {"embedded": _EMBEDDED_START_S, "probe": _PROBE_START_S}.get(engine.kind)
     if start_s is None:
         return None
@@ -71,7 +74,9 @@ def _tensorrt_llm(experiment: Experiment, engine: TensorRTLLMEngine) -> TrialTim
         basis += f"; the model is not here: {ASSUMED_WEIGHT_BYTES / 1e9:.1f} GB of weights are assumed"
     return TrialTime(
         start_s=IMPORT_S + worker_s + load_s + BUILD_S,
-        requests_s=requests_s(experiment.workload, weights, _middle(experiment.search.space.max_batch_size)),
+        requests_s=requests_s(
+            experiment.workload, weights, _middle(experiment.search.space.axes["max_batch_size"])
+        ),
         cooldown_s=COOLDOWN_S,
         basis=basis,
     )
@@ -93,11 +98,8 @@ def weight_bytes(folder: Path) -> int | None:
     return sum(path.stat().st_size for path in files) or None
 
 
-def _middle(axis: IntRange | FractionRange | list[int] | list[float] | float) -> float:
-    if isinstance(axis, list):
-        return sum(axis) / len(axis)
-    if isinstance(axis, IntRange | FractionRange):
-        if getattr(axis, "log", False):
-            return math.sqrt(axis.low * axis.high)
-        return (axis.low + axis.high) / 2
-    return axis
+def _middle(axis: Axis) -> float:
+    if isinstance(axis, tuple):
+        numbers = [value for value in axis if isinstance(value, int | float)]
+        return sum(numbers) / len(numbers)
+    return math.sqrt(axis.low * axis.high) if axis.log else (axis.low + axis.high) / 2

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from .simulated import SimulatedEngine
 from .spec import DurationS, Flag, PositiveInt, Seed, SizeBytes, Spec
 
 MemoryView = Literal["memfree", "memavailable", "cgroup", "engine"]
@@ -84,6 +85,11 @@ class ProbeEngine(Spec):
         validate_default=True,
         description="memory really touched and given back before sizing, for each of max_num_tokens tokens; the law "
         "subtracts it as the profiling peak",
+    )
+    graphs_per_sequence: SizeBytes = Field(
+        default="0B",
+        validate_default=True,
+        description="anonymous memory really held before sizing, for each of max_batch_size sequences, as CUDA graphs are",
     )
     pool: Literal["touched", "mapped", "none"] | None = Field(
         default=None,
@@ -193,7 +199,7 @@ class FakeEngine(Spec):
         return None
 
 
-AnyEngine = EmbeddedEngine | ProbeEngine | TensorRTLLMEngine | FakeEngine
+AnyEngine = EmbeddedEngine | ProbeEngine | TensorRTLLMEngine | SimulatedEngine | FakeEngine
 Engine = Annotated[AnyEngine, Field(discriminator="kind")]
 
 

@@ -1,25 +1,23 @@
-"""What is pending, executed and stored: blocks on slots, each arm once, a void block again as a whole."""
+"""Slots: where an attempt is executed, on the node that they live on."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from . import config, content, digest, image, launch, nvml, plausible, treatments
-from .divergence import contrast
+from . import config, content, image, launch, nvml, plausible, treatments
 from .environment_spec import DockerEnvironment
 from .environments import Content, EnvironmentSpec, Site, docker
-from .errors import UnavailableError, WatchdogStop
+from .errors import UnavailableError
 from .experiment import Experiment
-from .outcome import ANSWERS, VOID
-from .plan import Block, make_block
+from .plan import Block
 from .rootact import RootActs
-from .store import RECORD, BlockState, Store, read_record
+from .store import Store
 from .worker import protocol
 
 logger = logging.getLogger("spark_ray")
@@ -39,22 +37,6 @@ class Slot(Protocol):
 
 class SlotLost(Exception):
     """The slot's actor died; its attempt has no record, and its guest ended with it."""
-
-
-class Listener(Protocol):
-    """Told what happens, for a terminal or a metric. Called from slot threads."""
-
-    def trial_started(self, slot: str, block: Block, arm: str, attempt: int) -> None: ...
-    def trial_ended(self, slot: str, block: Block, arm: str, outcome: Mapping[str, str]) -> None: ...
-    def block_ended(self, state: BlockState, divergence: float | None) -> None: ...
-
-
-class Searcher(Protocol):
-    """What `drive` needs of a search; `search.Search` is one."""
-
-    def ask(self) -> Any: ...
-    def tell(self, study_trial: int, *, contrast: float | None, constraints: Mapping[str, float]) -> None: ...
-    def abandon(self, study_trial: int, reason: str) -> None: ...
 
 
 class SlotRunner:
@@ -82,10 +64,10 @@ class SlotRunner:
         self._client = image.connect() if wants_docker else None
         try:
             self._model = content.prepare_model(experiment)
-            bandwidth = _memory_bandwidth(folder)
-            self._references = {arm: self._reference(experiment, arm, bandwidth) for arm in arms}
+            self._bandwidth = _memory_bandwidth(folder)
+            self._references: dict[str, plausible.Reference | None] = {}
             trees = content.Trees()
-            made = {arm: self._prepare(arm, spec, trees) for arm, spec in specs.items()}
+            made = {arm: self._prepare(arm, trees) for arm in arms}
             self._contents = content.agree(made)
         except BaseException:
             self._hang_up()
@@ -133,28 +115,36 @@ class SlotRunner:
         if self._client is not None:
             self._client.close()
 
-    def _prepare(self, arm: str, spec: EnvironmentSpec, trees: content.Trees) -> Content:
-        """Content of one arm; a flag that the daemon refuses is said now, before any trial."""
-        made = content.prepare(spec, self._client, trees)
-        if isinstance(spec, DockerEnvironment) and made.image_id is not None:
-            refused = content.refused_flags(spec, self._client, made.image_id)
-            if refused:
-                raise UnavailableError(f"arm {arm}: {refused.what}", mend=refused.mend)
+    def _prepare(self, arm: str, trees: content.Trees) -> Content:
+        """Content of one arm, the same whatever its knobs are; a flag that the daemon refuses is said now, before any trial."""
+        made = content.prepare(self._experiment.arms[arm].environment, self._client, trees)
+        tried: list[EnvironmentSpec] = []
+        for each in self._experiment.variants.values():
+            spec = each.arms[arm].environment
+            if isinstance(spec, DockerEnvironment) and made.image_id is not None and spec not in tried:
+                tried.append(spec)
+                refused = content.refused_flags(spec, self._client, made.image_id)
+                if refused:
+                    raise UnavailableError(f"arm {arm}: {refused.what}", mend=refused.mend)
         return made
 
-    def _reference(
-        self, experiment: Experiment, arm: str, bandwidth: float | None
-    ) -> plausible.Reference | None:
-        engine = experiment.engine_of(arm).model_dump(mode="json")
-        loads = engine["kind"] in {"embedded", "tensorrt_llm"}
-        return plausible.reference(self._model, engine, bandwidth) if self._model and loads else None
+    def _reference(self, engine: dict[str, Any]) -> plausible.Reference | None:
+        """What the model's files say of this engine; looked up once for each that knobs and arms make."""
+        if self._model is None or engine["kind"] not in {"embedded", "tensorrt_llm"}:
+            return None
+        key = json.dumps(engine, sort_keys=True)
+        if key not in self._references:
+            self._references[key] = plausible.reference(self._model, engine, self._bandwidth)
+        return self._references[key]
 
     def _job(self, block: Block, arm: str, attempt: int) -> launch.Job:
-        experiment, trial_id = self._experiment, block.trial_id(arm)
+        experiment, trial_id = self._experiment.at(block.configuration), block.trial_id(arm)
         folder = Store(self._folder, None).new_attempt_folder(trial_id, attempt)
-        spec = experiment.arms[arm]
+        engine = experiment.engine_of(arm).model_dump(mode="json")
         can = self._root.available()[0]
-        treatment = treatments.effective(spec.treatment, can, settles=experiment.settles(arm))[0]
+        treatment = treatments.effective(experiment.treatment_of(arm), can, settles=experiment.settles(arm))[
+            0
+        ]
         return launch.Job(
             folder=folder,
             trial={
@@ -162,9 +152,9 @@ class SlotRunner:
                 "position": block.order.index(arm), "configuration": dict(block.configuration),
                 "repetition": block.repetition, "slot": self.name, "study_trial": block.study_trial, "executor": self._executor,
             },
-            engine=experiment.engine_of(arm).model_dump(mode="json"),
+            engine=engine,
             workload=experiment.workload.model_dump(mode="json"),
-            environment=spec.environment,
+            environment=experiment.arms[arm].environment,
             site=Site(
                 attempt=folder, bundle=self._bundle, model=self._model, content=self._contents[arm],
                 label=f"{trial_id}/{attempt}", run_label=str(self._folder), uid=os.getuid(), gid=os.getgid(),
@@ -175,7 +165,8 @@ class SlotRunner:
             limits=experiment.limits,
             bundle_sha256=self._bundle_sha256,
             seed=experiment.seed,
-            reference=self._references[arm], needs_gpu=experiment.engine_of(arm).needs_gpu,
+            reference=self._reference(engine), needs_gpu=experiment.engine_of(arm).needs_gpu,
+            moment={"block": block.index, "position": block.order.index(arm), "arms": len(block.order)},
         )  # fmt: skip
 
 
@@ -184,185 +175,6 @@ def _memory_bandwidth(folder: Path) -> float | None:
     file = folder / "cluster.yaml"
     said = config.load_cluster(file).memory_bandwidth_bytes_per_s if file.is_file() else None
     return nvml.memory_bandwidth_bytes_per_s() if said is None else said
-
-
-class Drive:
-    """Keeps every slot busy until the budget of blocks is complete, or someone says stop."""
-
-    def __init__(
-        self,
-        store: Store,
-        experiment: Experiment,
-        arms: Sequence[str],
-        search: Searcher,
-        listener: Listener,
-        interrupted: int = 0,
-        *,
-        enough: Callable[[int], bool] = lambda begun: False,  # noqa: ARG005
-    ) -> None:
-        """Drive a run.
-
-        `interrupted`: how many blocks `search.recover` found open; the next asks propose those first.
-        `enough`: asked with the number of blocks begun by this process; true and no further one is begun.
-        """
-        self._store = store
-        self._experiment = experiment
-        self._arms = tuple(arms)
-        self._search = search
-        self._listener = listener
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        blocks = store.blocks()
-        self._known = {block.study_trial: block for block in blocks}
-        self._interrupted = interrupted
-        self._count = len(blocks)
-        self._begun = 0
-        self._enough = enough
-        self.paused = False
-        self._slots: Sequence[Slot] = ()
-        self.given_up: list[str] = []
-        self.errors: list[BaseException] = []
-
-    def stop(self) -> None:
-        """End soon: the present attempts are interrupted, their blocks stay open for --resume."""
-        self._stop.set()
-        for slot in self._slots:
-            with contextlib.suppress(Exception):
-                slot.stop()
-
-    def run(self, slots: Sequence[Slot]) -> None:
-        """Drive all slots in parallel, one thread each; raises the first error after every slot has ended."""
-        self._slots = slots
-        threads = [threading.Thread(target=self._serve, args=(slot,), name=slot.name) for slot in slots]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():  # a plain join would keep Ctrl-C waiting
-                thread.join(timeout=0.2)
-        if self.errors:
-            raise self.errors[0]
-
-    def _serve(self, slot: Slot) -> None:
-        try:
-            for block in self._blocks():
-                self._execute(slot, block)
-        except BaseException as error:  # noqa: BLE001  handed to the thread that drives
-            self.errors.append(error)
-            self.stop()
-
-    def _blocks(self) -> Iterator[Block]:
-        while not self._stop.is_set():
-            with self._lock:
-                block = self._next_block()
-            if block is None:
-                return
-            yield block
-
-    def _next_block(self) -> Block | None:
-        if not self._interrupted and self._count >= self._experiment.search.blocks:
-            return None
-        if self._enough(self._begun):
-            self.paused = True
-            return None
-        self._begun += 1
-        self._interrupted = max(0, self._interrupted - 1)
-        proposal = self._search.ask()
-        if proposal is None:
-            return None
-        block = self._known.get(proposal.study_trial)
-        if block is None:
-            block = make_block(
-                self._count,
-                proposal.study_trial,
-                proposal.configuration,
-                proposal.repetition,
-                self._arms,
-                self._experiment.seed,
-            )
-            self._store.save_block(block)
-            self._count += 1
-        return block
-
-    def _execute(self, slot: Slot, block: Block) -> None:
-        first = self._store.state(block).attempts + 1
-        for attempt in range(first, first + self._experiment.limits.block_attempts):
-            void = self._execute_once(slot, block, attempt)
-            if self._stop.is_set() and void:
-                return
-            if not void:
-                self._tell(self._store.state(block))
-                return
-        self.given_up.append(block.block_id)
-        logger.warning("%s was disturbed too often and is given up", block.block_id)
-        with self._lock:
-            self._search.abandon(
-                block.study_trial, f"disturbed {self._experiment.limits.block_attempts} times"
-            )
-        self._listener.block_ended(self._store.state(block), None)
-
-    def _execute_once(self, slot: Slot, block: Block, attempt: int) -> bool:
-        """Every arm once, in order. True when the block is void and has to run again."""
-        for arm in block.order:
-            if self._stop.is_set():
-                return True
-            self._listener.trial_started(slot.name, block, arm, attempt)
-            folder = self._store.attempt_folder(block.trial_id(arm), attempt)
-            logger.info("%s %s/%d begins on %s, in %s", block.block_id, arm, attempt, slot.name, folder)
-            try:
-                outcome = slot.run(block, arm, attempt)
-            except SlotLost as error:
-                outcome = {"kind": "disturbed", "reason": "slot_lost", "message": str(error)}
-            self._log_end(block, arm, attempt, outcome)
-            self._listener.trial_ended(slot.name, block, arm, outcome)
-            if outcome["kind"] == "host_wedged":
-                raise WatchdogStop(
-                    f"{block.trial_id(arm)}: {outcome['message']}",
-                    mend="free memory, then --resume, which begins with this block; or begin another run with a smaller fraction: "
-                    "--set name=NAME --set search.space.memory_fraction=FRACTION",
-                )
-            if outcome["kind"] in VOID:
-                return True
-        return False
-
-    def _log_end(self, block: Block, arm: str, attempt: int, outcome: Mapping[str, str]) -> None:
-        """From the record, so that the log is the same wherever the attempt was executed."""
-        name = f"{block.block_id} {arm}/{attempt}"
-        folder = self._store.attempt_folder(block.trial_id(arm), attempt)
-        record = read_record(folder / RECORD)
-        for line in digest.lines(record, folder) if record else ():
-            logger.info("%s %s", name, line)
-        level = logging.INFO if outcome["kind"] in ANSWERS else logging.WARNING
-        logger.log(level, "%s %s %s %s", name, outcome["kind"], outcome["reason"], outcome["message"])
-
-    def _tell(self, state: BlockState) -> None:
-        told = outcome_of(state, self._store, self._experiment)
-        logger.info(
-            "%s complete: contrast %s",
-            state.block.block_id,
-            told[0] if told else "none, a compared arm failed",
-        )
-        with self._lock:
-            if told is None:
-                self._search.abandon(state.block.study_trial, "a compared arm failed")
-            else:
-                self._search.tell(state.block.study_trial, contrast=told[0], constraints=told[1])
-        self._listener.block_ended(state, told[0] if told else None)
-
-
-def outcome_of(
-    state: BlockState, store: Store, experiment: Experiment
-) -> tuple[float | None, dict[str, float]] | None:
-    """(contrast or None, constraint by arm: above 0 is violated) of a complete block; None if a compared arm failed."""
-    pair = experiment.compared
-    kinds = {arm: state.outcomes[arm]["kind"] for arm in (pair.baseline, pair.against)}
-    if not set(kinds.values()) <= ANSWERS:
-        return None
-    sizes = store.capacities(state, list(kinds))
-    constraints = {f"{arm}_has_no_capacity": -1.0 if size else 1.0 for arm, size in sizes.items()}
-    baseline, against = sizes[pair.baseline], sizes[pair.against]
-    if not baseline or not against:
-        return None, constraints
-    return contrast(baseline, against), constraints
 
 
 class LocalSlots:
@@ -374,13 +186,3 @@ class LocalSlots:
     def close(self) -> None:
         for slot in self.slots:
             slot.close()
-
-
-def failed_share(store: Store) -> tuple[int, int]:
-    """(failed trials, all trials) over the executions that count; answers are not failures."""
-    failed = total = 0
-    for record in store.records():
-        if record["standing"] == "counts":
-            total += 1
-            failed += record["outcome"]["kind"] not in ANSWERS
-    return failed, total

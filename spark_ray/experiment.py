@@ -6,102 +6,41 @@ An unknown key is an error. `config.py` turns a file into these and locates erro
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    Discriminator,
     Field,
-    Tag,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
+from . import knobs
 from .conditions import Limits, Treatment
 from .engines import AnyEngine, EmbeddedEngine, Engine, Model, TensorRTLLMEngine
 from .environment_spec import Environment
+from .search_spec import Configuration, Search
 from .spec import (
+    AS_WRITTEN,
     NAME,
     Flag,
     Fraction,
     PlainName,
     PositiveInt,
+    Scalar,
     Seed,
     SizeBytes,
     Spec,
-    distinct,
     own_problems,
     problem,
     refuse,
-    shape,
     with_own,
 )
-
-Configuration = dict[str, int | float]
-"""One point of the search space: max_batch_size, max_num_tokens, memory_fraction."""
-
-
-# ---- search -----------------------------------------------------------------------------------------------
-
-
-class Range(Spec):
-    """Any value from low to high; `levels` of them where a grid is asked for."""
-
-    low: PositiveInt | Fraction
-    high: PositiveInt | Fraction
-    levels: int = Field(default=3, ge=1, le=64, strict=True, description="how many of its values a grid has")
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"the range is empty: low {self.low} is above high {self.high}")
-        return self
-
-
-class IntRange(Range):
-    low: PositiveInt = Field(description="smallest value, included")
-    high: PositiveInt = Field(description="largest value, included")
-    log: Flag = Field(default=False, description="spread over orders of magnitude, not evenly")
-
-
-class FractionRange(Range):
-    low: Fraction = Field(description="smallest value, included")
-    high: Fraction = Field(description="largest value, included")
-
-
-IntAxis = Annotated[
-    Annotated[IntRange, Tag("mapping")]
-    | Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(distinct), Tag("list")]
-    | Annotated[PositiveInt, Tag("value")],
-    Discriminator(shape),
-]
-FractionAxis = Annotated[
-    Annotated[FractionRange, Tag("mapping")]
-    | Annotated[list[Fraction], Field(min_length=1), AfterValidator(distinct), Tag("list")]
-    | Annotated[Fraction, Tag("value")],
-    Discriminator(shape),
-]
-
-
-class Space(Spec):
-    """Each axis is a range {low, high}, a list of values, or one value."""
-
-    max_batch_size: IntAxis = Field(description="sequences that the engine runs at once, at most")
-    max_num_tokens: IntAxis = Field(description="tokens of one engine step, at most; sets the profiling peak")
-    memory_fraction: FractionAxis = Field(description="share of the memory found free that becomes KV cache")
-
-
-class Search(Spec):
-    sampler: Literal["grid", "random", "qmc", "tpe", "gp"] = Field(
-        default="qmc", description="who chooses: tpe and gp seek the largest contrast; qmc covers evenly"
-    )
-    blocks: PositiveInt = Field(
-        default=16, description="blocks to complete (a grid stops when it is exhausted)"
-    )
-    repetitions: PositiveInt = Field(default=1, description="blocks at each configuration")
-    space: Space = Field(description="what is searched")
-
 
 # ---- arms -----------------------------------------------------------------------------------------------
 
@@ -250,6 +189,17 @@ class Experiment(Spec):
             refuse(found)
         return workload
 
+    @field_validator("search")
+    @classmethod
+    def _throughput_is_measured(cls, search: Search, info: ValidationInfo) -> Search:
+        engine, workload = info.data.get("engine"), info.data.get("workload")
+        if search.target.objective == "throughput" and engine is not None and workload is not None:
+            generates = isinstance(engine, EmbeddedEngine | TensorRTLLMEngine)
+            why = "workload.requests is 0" if generates else f"engine {engine.kind} generates no tokens"
+            if not (generates and workload.requests):
+                refuse([problem(f"is not measured: {why}", ("target", "objective"), "throughput", ())])
+        return search
+
     @field_validator("arms")
     @classmethod
     def _arms_fit_engine(cls, arms: dict[str, Arm], info: ValidationInfo) -> dict[str, Arm]:
@@ -332,6 +282,70 @@ class Experiment(Spec):
             refuse([problem(f"is not an arm (arms: {', '.join(self.arms)})", loc, culprit, self.arms)])
         return self
 
+    @model_validator(mode="after")
+    def _knobs_fit(self) -> Self:
+        """Every value that a knob can have is tried; the ends also with those of each other knob."""
+        further = self.search.space.further
+        arms = self.as_written()["arms"] if further else {}
+        refusals = {path: knobs.refusal(path, arms, further.keys() - {path}) for path in further}
+        refuse([problem(why, knobs.loc(path), path, ()) for path, why in refusals.items() if why])
+        tries = {path: list(knobs.tries(axis)) for path, axis in further.items()}
+        alone = [self._misfits((path, *each)) for path, tried in tries.items() for each in tried]
+        refuse(knobs.unique(itertools.chain.from_iterable(alone)))
+        for (one, those), (other, these) in itertools.combinations(tries.items(), 2):
+            for mine, beside in itertools.product(
+                those[:: len(those) - 1 or 1], these[:: len(these) - 1 or 1]
+            ):
+                refuse(self._misfits((one, *mine), {other: beside[1]}))
+        return self
+
+    def _misfits(
+        self,
+        tried: tuple[str, tuple[str | int, ...], Scalar],
+        beside: Mapping[str, Scalar] = MappingProxyType({}),
+    ) -> list[InitErrorDetails]:
+        """Why the experiment cannot be with a knob at a value."""
+        path, where, value = tried
+        try:
+            self._with({path: value, **beside})
+        except ValidationError as error:
+            known = knobs.neighbours(self, path)
+            return [
+                knobs.said_of(each, path, where, known, beside) for each in error.errors(include_url=False)
+            ]
+        except ValueError as error:
+            return [problem(str(error), knobs.loc(path), value, ())]
+        return []
+
+    def as_written(self) -> dict[str, Any]:
+        """Plain data of which the same experiment can be made again: sizes and durations with their unit."""
+        return self.model_dump(mode="json", context=AS_WRITTEN, exclude_unset=True)
+
+    def at(self, configuration: Configuration) -> Experiment:
+        """The experiment of one configuration: its knobs set, and that one configuration for a search space."""
+        units = self.search.space.units
+        values = {name: knobs.as_written(value, units.get(name, "")) for name, value in configuration.items()}
+        return self._with(values)
+
+    @property
+    def variants(self) -> dict[str, Experiment]:
+        """What a plan looks at: the experiment at each end of a knob's range and each value of its list, by "KNOB: VALUE".
+
+        Without knobs it is this one alone.
+        """
+        further = self.search.space.further
+        tried = [(path, value) for path, axis in further.items() for _, value in knobs.tries(axis)]
+        each = {f"{path}: {knobs.scalar_words(value)}": self._with({path: value}) for path, value in tried}
+        return each or {"": self}
+
+    def _with(self, values: Mapping[str, Scalar]) -> Experiment:
+        data = self.as_written()
+        space = data["search"]["space"]
+        space.pop("further", None)
+        for name, value in values.items():
+            knobs.put(space if name in space else data, name, value)
+        return Experiment.model_validate(data)
+
     @property
     def compared(self) -> Contrast:
         """The two arms whose contrast is the outcome; with two arms the first named is the baseline."""
@@ -346,6 +360,14 @@ class Experiment(Spec):
         if not isinstance(engine, TensorRTLLMEngine):
             return True
         return engine.worker == "single_process" and self.workload.tool == "worker"
+
+    def treatment_of(self, arm: str) -> Treatment:
+        """The arm's treatment. A simulated engine reads no memory: what it does not name is left as it is."""
+        asked = self.arms[arm].treatment
+        if self.engine.kind != "simulated":
+            return asked
+        unasked = {"page_cache": asked.page_cache or "keep", "per_cpu_pages": asked.per_cpu_pages or "as_is"}
+        return asked.model_copy(update=unasked)
 
     def engine_of(self, arm: str) -> AnyEngine:
         """The engine settings of one arm: the common ones with the arm's own on top."""

@@ -87,7 +87,7 @@ def _hint(kind: str, got: object, choices: Sequence[str]) -> str:
         return f"; did you mean {'true' if got.lower() in _YES else 'false'}?"
     if kind == "string_type" and isinstance(got, bool | int | float):
         return "; write it in quotes"
-    return _suggest(got, choices)
+    return _suggest(got, choices) if isinstance(got, str) else ""
 
 
 def _suggest(word: object, choices: Iterable[str], otherwise: str = "") -> str:
@@ -128,7 +128,8 @@ def _known_keys(path: KeyPath, kind: object) -> set[str]:
     return {
         key
         for schema in _schemas(path)
-        if "kind" not in schema.get("properties", {}) or schema["properties"]["kind"].get("const") == kind
+        if "kind" not in schema.get("properties", {})
+        or schema["properties"]["kind"].get("const", kind) == kind
         for key in schema.get("properties", {})
     }
 

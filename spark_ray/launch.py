@@ -219,13 +219,19 @@ class Launcher:
 # ---- the files of an attempt -----------------------------------------------------------------------------
 
 
+def _told(job: Job) -> dict[str, Any]:
+    """The engine's settings; a simulated one, which remembers nothing, is told where in the run it stands."""
+    simulated = job.engine["kind"] == "simulated"
+    return job.engine | {"moment": job.moment} if simulated else job.engine
+
+
 def _write_request(job: Job, start: environments.Start) -> None:
     request = {
         "protocol_version": protocol.PROTOCOL_VERSION,
         "trial_id": job.trial["trial_id"],
         "attempt": job.trial["attempt"],
         "arm": job.trial["arm"],
-        "engine": job.engine,
+        "engine": _told(job),
         "configuration": job.trial["configuration"],
         "workload": job.workload,
         "model_path": start.model,
@@ -334,9 +340,9 @@ def _asked(job: Job, before: dict[str, Any]) -> Asked:
 def _memory_bytes(job: Job, info: dict[str, int]) -> int | None:
     """All memory that an engine can use here: of the GPUs, which is the host's where they have none of their own.
 
-    None: unknown, or not held to it: a fake pool may be larger than this host, since it is no memory.
+    None: unknown, or not held to it: a fake or simulated pool may be larger than this host, since it is no memory.
     """
-    if job.engine["kind"] == "fake":
+    if job.engine["kind"] in {"fake", "simulated"}:
         return None
     if not job.needs_gpu:
         return info["MemTotal"] + info.get("SwapTotal", 0)

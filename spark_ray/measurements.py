@@ -27,9 +27,22 @@ LAW = (
 LAW_TRT_LLM = (
     "(total - peak + temporary KV) x fraction"  # worker/tensorrt_llm_law.py; terms as printed: rounded
 )
+LAW_VLLM = "total x fraction - peak"  # vLLM's and SGLang's
+SIMULATED = "simulated: "
+"""Begins the law and the view of what no engine and no memory had a part in; the rest of them is what was simulated."""
 SPARE_BLOCKS = (
     4  # blocks that a tensor may hold beyond the pool: transformers keeps two that are never given out
 )
+
+
+def law_bytes(law: str, total: int, free: int, transient: int, fraction: float) -> int | None:
+    """What a law gives for exact terms; None for one whose terms are not checked."""
+    law = law.removeprefix(SIMULATED)
+    if law == LAW:
+        return max(0, int((free - transient) * fraction))
+    if law == LAW_VLLM:
+        return max(0, int(total * fraction) - (total - free + transient))
+    return None
 
 
 class Part(BaseModel):
@@ -94,7 +107,8 @@ class Sizing(Part):
 
     law: Word = Field(description="the formula, in words")
     view: Word | None = Field(
-        default=None, description="which memory counts as free: memfree, memavailable, cgroup, cuda …"
+        default=None,
+        description="which memory counts as free: memfree, memavailable, cgroup, cuda …; `simulated: ` in front: of no real one",
     )
     fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
@@ -137,7 +151,7 @@ class Sizing(Part):
     )
     meminfo: Meminfo | None = Field(
         default=None,
-        description="/proc/meminfo at that moment, all fields, in bytes (HugePages_* are counts); of TensorRT-LLM when the host looked (engine.sizing_moment)",
+        description="/proc/meminfo at that moment, all fields, in bytes (HugePages_* are counts); of TensorRT-LLM when the host looked (engine.sizing_moment), of a simulated engine its machine's",
     )
     per_cpu_free_bytes: Size | None = Field(
         default=None,
@@ -150,7 +164,9 @@ class Sizing(Part):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         total, free, transient = self.total_bytes, self.free_bytes, self.transient_bytes
-        info = {"memfree": "MemFree", "memavailable": "MemAvailable"}.get(self.view or "")
+        info = {"memfree": "MemFree", "memavailable": "MemAvailable"}.get(
+            (self.view or "").removeprefix(SIMULATED)
+        )
         if (
             info
             and self.meminfo is not None
@@ -164,9 +180,9 @@ class Sizing(Part):
         slack = 2 * (self.resolution_bytes or 0)  # four rounded terms, each half a step off at most
         if self.peak_bytes is not None and abs(self.peak_bytes - (total - free + transient)) > slack:
             raise ValueError("peak_bytes is not total_bytes - free_bytes + transient_bytes")
-        if self.law == LAW and self.fraction is not None and self.available_bytes is not None:
-            law = max(0, int((free - transient) * self.fraction))
-            if self.available_bytes != law:
+        if self.fraction is not None and self.available_bytes is not None:
+            law = law_bytes(self.law, total, free, transient, self.fraction)
+            if law is not None and self.available_bytes != law:
                 raise ValueError(f"available_bytes is {self.available_bytes}, its terms give {law}")
         return self
 
@@ -181,6 +197,9 @@ class EngineInfo(OpenPart):
     engine_is_double: bool | None = Field(
         default=None,
         description="true: a test double stood in for the engine's library, the numbers are no measurements",
+    )
+    simulated: bool | None = Field(
+        default=None, description="true: no engine ran and no memory was read, a formula made the numbers"
     )
     probe: bool | None = Field(
         default=None, description="true: the sizing law over real memory, no inference engine ran"
@@ -303,7 +322,9 @@ class Measurements(Part):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         sizing, kv = self.sizing, self.kv_cache
-        if kv is None or sizing is None or sizing.law != LAW or sizing.available_bytes is None:
+        if kv is None or sizing is None or sizing.available_bytes is None:
+            return self
+        if sizing.law.removeprefix(SIMULATED) not in {LAW, LAW_VLLM}:
             return self
         if kv.bytes > sizing.available_bytes:
             raise ValueError(f"kv_cache.bytes is {kv.bytes}, the law allows {sizing.available_bytes}")

@@ -8,29 +8,39 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import __version__, double, host
+from . import __version__, double, host, landscape
 from .config import LoadedExperiment
 from .errors import RunError
-from .execute import outcome_of
 from .experiment import Experiment
 from .preview import Preview
 from .search import Abandoned, Search, Told
 from .store import Store
+from .told import told_of
 from .worker import protocol
 
 WORKER = Path(__file__).parent / "worker"
-_MAY_CHANGE = ("limits", "question")  # on resume, beside the budget: they do not change what is measured
+_MAY_CHANGE = ("limits", "question")  # on resume: they do not change what is measured
+_HOW_LONG = {"blocks": None, "target": {"precision": None}}  # nor do these, of the search
 
 
 def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in resolved.items() if key not in _MAY_CHANGE}
-    return kept | {
-        "search": {key: value for key, value in resolved.get("search", {}).items() if key != "blocks"}
+    return kept | {"search": _without(resolved.get("search", {}), _HOW_LONG)}
+
+
+def _without(data: dict[str, Any], left_out: dict[str, Any]) -> dict[str, Any]:
+    """Nested data without the keys of `left_out` that are None there, and without what is empty then."""
+    kept = {
+        key: _without(value, left_out[key]) if left_out.get(key) and isinstance(value, dict) else value
+        for key, value in data.items()
+        if key not in left_out or left_out[key]
     }
+    return {key: value for key, value in kept.items() if value != {} or key not in left_out}
 
 
 def begin(
@@ -38,7 +48,8 @@ def begin(
 ) -> Store:
     """A new run: experiment and cluster file verbatim, the worker as it is now, and what was planned."""
     files = {"experiment.yaml": loaded.text}
-    stand_in = double.package_of(loaded.experiment)
+    stand_in, surface = double.package_of(loaded.experiment), landscape.file_of(loaded.experiment)
+    beside = {double.PACKAGE: stand_in, landscape.MODULE: surface}
     if cluster is not None:
         files["cluster.yaml"] = cluster
     description = {
@@ -56,9 +67,17 @@ def begin(
         "host": host.describe(),
         "bundle_sha256": protocol.package_sha256(WORKER),
         "double_sha256": double.package_sha256(stand_in) if stand_in else None,
+        "landscape_sha256": landscape.sha256(surface) if surface else None,
         "protocol_version": protocol.PROTOCOL_VERSION,
+        "noise": asdict(plan.noise) if plan.noise else None,
     }
-    return Store.create(folder, files, description, worker=WORKER, beside=stand_in)
+    return Store.create(
+        folder,
+        files,
+        description,
+        worker=WORKER,
+        beside={name: path for name, path in beside.items() if path},
+    )
 
 
 def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
@@ -81,10 +100,7 @@ def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
             f"the run's worker speaks protocol {stored['protocol_version']}, this program {protocol.PROTOCOL_VERSION}",
             mend=f"continue with spark_ray {stored['spark_ray_version']}, which began it",
         )
-    stand_in = folder / "bundle" / double.PACKAGE
-    if stored["bundle_sha256"] != protocol.package_sha256(folder / "bundle" / protocol.PACKAGE) or (
-        stored.get("double_sha256") is not None and stored["double_sha256"] != double.package_sha256(stand_in)
-    ):
+    if _bundle_changed(folder / "bundle", stored):
         raise RunError(f"{folder}/bundle was changed since the run began", mend="start a new run")
     if tuple(stored["arms"]) != plan.executed:
         raise RunError(
@@ -92,6 +108,15 @@ def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
             mend="mend the host (see the plan above), or start a new run",
         )
     return store
+
+
+def _bundle_changed(bundle: Path, stored: dict[str, Any]) -> bool:
+    stand_in, surface = stored.get("double_sha256"), stored.get("landscape_sha256")
+    return (
+        stored["bundle_sha256"] != protocol.package_sha256(bundle / protocol.PACKAGE)
+        or (stand_in is not None and stand_in != double.package_sha256(bundle / double.PACKAGE))
+        or (surface is not None and surface != landscape.sha256(bundle / landscape.MODULE))
+    )
 
 
 def changes(stored: dict[str, Any]) -> list[str]:
@@ -106,6 +131,19 @@ def changes(stored: dict[str, Any]) -> list[str]:
     return found
 
 
+def study(store: Store, experiment: Experiment, mark: str) -> Search:
+    """The run's study; `mark` is said with its values, to whoever opens it in Optuna's dashboard."""
+    pair = experiment.compared
+    return Search(
+        experiment.search,
+        seed=experiment.seed,
+        journal=store.journal,
+        name=experiment.name,
+        about={"question": experiment.question, "contrast": f"1 - KV({pair.against}) / KV({pair.baseline})"},
+        mark=mark,
+    )
+
+
 def rebuild(store: Store, search: Search) -> list[str]:
     """Blocks on disk of a study whose journal is gone come into it again; what was done is for people to read."""
     blocks = store.blocks()
@@ -118,6 +156,6 @@ def recover(store: Store, search: Search, experiment: Experiment) -> int:
     finished: dict[int, Told | Abandoned] = {}
     for state in map(store.state, store.blocks()):
         if state.complete:
-            told = outcome_of(state, store, experiment)
-            finished[state.block.study_trial] = Told(*told) if told else Abandoned("a compared arm failed")
+            told = told_of(state, store, experiment)
+            finished[state.block.study_trial] = told or Abandoned("a compared arm failed")
     return len(search.recover(finished))

@@ -10,6 +10,8 @@ from .errors import RunError
 
 _CHUNK = 4 << 20
 _FILL = "page-cache-fill-"
+_MOST_FILLS = 4
+"""Files kept for arms of different fills; where the fill is a knob, every block may need another one."""
 
 
 def read_through(path: Path) -> None:
@@ -34,12 +36,16 @@ def advise_away(paths: list[Path]) -> None:
 
 
 def fill(folder: Path, size_bytes: int) -> Path:
-    """The fill file of `folder`, made if it is not there, and now in the page cache."""
+    """The fill file of that size in `folder`, made if it is not there, and now in the page cache."""
     path = folder / f"{_FILL}{size_bytes}"
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            for old in sorted(folder.glob(f"{_FILL}*"), key=lambda each: each.stat().st_mtime)[
+                : 1 - _MOST_FILLS
+            ]:
+                old.unlink()
             # Allocated but never written: reading it fills the cache with no disk traffic.
             with part.open("wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, size_bytes)

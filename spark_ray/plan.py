@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .experiment import Configuration
+from .search_spec import Configuration
 
 
 @dataclass(frozen=True)

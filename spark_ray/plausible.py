@@ -40,7 +40,7 @@ class Asked:
 
     reference: Reference
     engine: Mapping[str, Any]
-    configuration: Mapping[str, int | float]
+    configuration: Mapping[str, Any]
     workload: Mapping[str, Any]
     memory_bytes: int | None  # all that the engine can use on this node; None: unknown
     on_gpu: bool = False  # where a pool is taken whole; elsewhere it may be promised and not touched

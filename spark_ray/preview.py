@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from . import (
     environments,
     guest_podman,
     image,
+    landscape,
     nvml,
     plausible,
+    power,
     rootfs,
     treatments,
 )
@@ -54,6 +57,7 @@ class Preview:
     preparations: tuple[str, ...]
     cluster: Cluster
     trial: duration.TrialTime | None  # expected
+    noise: power.Noise | None = None  # of a pilot
 
     @property
     def executed(self) -> tuple[str, ...]:
@@ -64,6 +68,13 @@ class Preview:
     def is_double(self) -> bool:
         """Whether a stand-in for the engine's library makes the numbers."""
         return double.package_of(self.experiment) is not None
+
+    @property
+    def mark(self) -> str:
+        """Said with every number, where what makes them is no engine."""
+        return (
+            "DOUBLE" if self.is_double else "SIMULATED" if self.experiment.engine.kind == "simulated" else ""
+        )
 
     @property
     def blocks(self) -> int:
@@ -81,7 +92,12 @@ class Preview:
     @property
     def trials(self) -> int:
         """Executions that the estimate counts, those that fill a warm compile cache among them."""
-        warm = [name for name in self.counted if self.experiment.arms[name].treatment.compile_cache == "warm"]
+        arms = [each.arms for each in self.experiment.variants.values()]
+        warm = [
+            name
+            for name in self.counted
+            if any(each[name].treatment.compile_cache == "warm" for each in arms)
+        ]
         warmings = len(warm) * -(-self.blocks // self.experiment.search.repetitions)  # one a configuration
         return self.blocks * len(self.counted) + warmings
 
@@ -154,9 +170,16 @@ def _isolation(experiment: Experiment) -> dict[str, str]:
         return {"mount": error.message}
 
 
-def preview(experiment: Experiment, cluster: Cluster, offer: Offer) -> Preview:
-    problems = [*double.problems(experiment), *content.engine_problems(experiment)]
-    problems += content.model_problems(experiment)
+def preview(
+    experiment: Experiment, cluster: Cluster, offer: Offer, noise: power.Noise | None = None
+) -> Preview:
+    """`experiment`: with the margin in force."""
+    problems = [
+        *double.problems(experiment),
+        *landscape.problems(experiment),
+        *content.engine_problems(experiment),
+        *content.model_problems(experiment),
+    ]
     problems += [Problem(text, GP_MEND) for text in search_problems(experiment.search)]
     problems += _too_large(experiment)
     return Preview(
@@ -166,6 +189,7 @@ def preview(experiment: Experiment, cluster: Cluster, offer: Offer) -> Preview:
         preparations=tuple(_preparations(experiment)),
         cluster=cluster,
         trial=duration.of_trial(experiment, observe.meminfo()["MemFree"]),
+        noise=noise,
     )
 
 
@@ -182,27 +206,47 @@ def _too_large(experiment: Experiment) -> list[Problem]:
 
 def _arm(experiment: Experiment, name: str, offer: Offer) -> ArmPlan:
     arm, can = experiment.arms[name], offer.root_acts is None
-    found = list(environments.module_of(arm.environment).problems(arm.environment, offer))
-    if not found:
-        found += content.environment_problems(arm.environment)
-        found += content.library_problems(experiment, name)
-    lacking = treatments.missing(arm.treatment, can)
-    if lacking:
-        found.append(
-            Problem(
-                lacking, "run as root, allow `sudo -n`, or leave the key out to take the strongest possible"
-            )
-        )
-    found += [
-        Problem(what, mend)
-        for what, mend in treatments.impossible(arm.treatment, experiment.limits, observe.meminfo())
-    ]
+    found = _lacking_at_any(experiment, name, offer)
     aged = _aged(experiment, arm.environment) if not found else []
-    state, warnings = treatments.effective(arm.treatment, can, settles=experiment.settles(name))
+    state, warnings = treatments.effective(
+        experiment.treatment_of(name), can, settles=experiment.settles(name)
+    )
     what = f"{_environment_words(arm.environment)}; {treatments.words(state)}"
     if arm.engine:
         what += "; " + ", ".join(f"{key}: {value}" for key, value in arm.engine.items())
     return ArmPlan(name, what, tuple(found), (*aged, *warnings), arm.required)
+
+
+def _lacking_at_any(experiment: Experiment, name: str, offer: Offer) -> list[Problem]:
+    """What an arm lacks here; which values of a knob lack it, where not all do."""
+    alike: dict[str, list[str]] = {}  # what an arm is, and the values that make it so
+    variants = experiment.variants
+    for value, each in variants.items():
+        alike.setdefault(each.arms[name].model_dump_json(), []).append(value)
+    found: dict[Problem, list[str]] = {}
+    for values in alike.values():
+        for lacking in _lacking(variants[values[0]], name, offer):
+            found.setdefault(lacking, []).extend(values)
+    return [
+        each if len(values) == len(variants) else Problem(f"with {', '.join(values)}: {each.what}", each.mend)
+        for each, values in found.items()
+    ]
+
+
+def _lacking(experiment: Experiment, name: str, offer: Offer) -> Iterator[Problem]:
+    """What an arm lacks here, at one value of each knob."""
+    arm = experiment.arms[name]
+    found = list(environments.module_of(arm.environment).problems(arm.environment, offer))
+    if not found:
+        found += content.environment_problems(arm.environment)
+        found += content.library_problems(experiment, name)
+    yield from found
+    lacking = treatments.missing(arm.treatment, offer.root_acts is None)
+    if lacking:
+        mend = "run as root, allow `sudo -n`, or leave the key out to take the strongest possible"
+        yield Problem(lacking, mend)
+    for what, mend in treatments.impossible(arm.treatment, experiment.limits, observe.meminfo()):
+        yield Problem(what, mend)
 
 
 def _aged(experiment: Experiment, spec: environments.EnvironmentSpec) -> list[str]:
@@ -237,6 +281,8 @@ def _environment_words(spec: environments.EnvironmentSpec) -> str:
 
 def _preparations(experiment: Experiment) -> list[str]:
     steps = []
+    if surface := landscape.file_of(experiment):
+        steps.append(f"take a copy of {_short(surface)}, which is executed in every worker")
     if model := content.model_to_make(experiment):
         steps.append(f"make a random checkpoint in {_short(model)}")
     of_tree = [arm.environment for arm in experiment.arms.values() if content.on_host_tree(arm.environment)]
@@ -246,12 +292,9 @@ def _preparations(experiment: Experiment) -> list[str]:
         )
     if any(isinstance(spec, DockerEnvironment) for spec in of_tree):
         steps.append("import that rootfs as a Docker image (labelled spark_ray), unless it is there")
-    fills = [
-        a.treatment.page_cache.fill
-        for a in experiment.arms.values()
-        if isinstance(a.treatment.page_cache, Fill)
-    ]
-    if any(arm.treatment.compile_cache == "warm" for arm in experiment.arms.values()):
+    states = [arm.treatment for each in experiment.variants.values() for arm in each.arms.values()]
+    fills = [state.page_cache.fill for state in states if isinstance(state.page_cache, Fill)]
+    if any(state.compile_cache == "warm" for state in states):
         steps.append(
             "fill each warm compile cache by an execution that is not measured, once a configuration"
         )

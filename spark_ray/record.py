@@ -15,6 +15,7 @@ from .measurements import Part, Seconds, Sha256, Size, Word
 from .observation import Ledger, Observation
 from .outcome import OutcomeKind
 from .result import Result
+from .search_spec import Configuration
 
 __all__ = ["Observation", "Record", "Result"]
 
@@ -330,8 +331,9 @@ class Record(Part):
         default=None, description="what executed it: a Ray actor, or the driver's own process"
     )
     position: Size = Field(description="place of the arm in the block's order, from 0")
-    configuration: dict[str, int | float] = Field(
-        description="max_batch_size, max_num_tokens (counts), memory_fraction (0 to 1)"
+    configuration: Configuration = Field(
+        description="max_batch_size, max_num_tokens (counts), memory_fraction (0 to 1), and each further knob by its place in "
+        "the YAML; sizes in bytes, durations in seconds"
     )
     repetition: Size = Field(description="repetition of the configuration, from 0")
     slot: Word = Field(description="where it was executed")

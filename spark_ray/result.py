@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from .explain import printable, show
-from .measurements import Counter, KvCache, Measurements, Part, Sha256, Size, Word
+from .measurements import SIMULATED, Counter, KvCache, Measurements, Part, Sha256, Size, Word
+from .search_spec import Configuration
 from .worker.protocol import PROTOCOL_VERSION
 
 # ---- result.json --------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class Asked:
     trial_id: str
     attempt: int
     engine: dict[str, Any]
-    configuration: dict[str, int | float]
+    configuration: Configuration
     workload: dict[str, Any]
     memory_bytes: int | None = (
         None  # all that the engine can use: of the GPUs, or memory and swap; None: unknown, or not held to it
@@ -168,7 +169,7 @@ def misfits(result: Result, asked: Asked) -> Iterator[Misfit]:
         result.measurements.kv_cache,
         result.measurements.throughput,
     )
-    yield from _double_misfits(result.measurements, asked.engine)
+    yield from _mark_misfits(result.measurements, asked.engine)
     fraction = asked.configuration["memory_fraction"]
     if sizing is not None and sizing.fraction not in (None, fraction):
         yield ("measurements", "sizing", "fraction"), f"is {sizing.fraction}, asked was {fraction}"
@@ -188,14 +189,19 @@ def misfits(result: Result, asked: Asked) -> Iterator[Misfit]:
         yield from _unfinished(result.measurements, asked)
 
 
-def _double_misfits(found: Measurements, engine: dict[str, Any]) -> Iterator[Misfit]:
-    """Nothing that a double made may come without its mark, and no real engine bears it."""
-    marked = found.engine is not None and found.engine.engine_is_double is True
-    wanted = engine.get("double") is not None
+def _mark_misfits(found: Measurements, engine: dict[str, Any]) -> Iterator[Misfit]:
+    """Nothing that a double or a formula made may come without its mark, and no real engine bears it."""
     numbers = any((found.engine, found.model, found.sizing, found.kv_cache, found.throughput))
-    if numbers and marked != wanted:
-        said = "is true, engine.double was not set" if marked else "is not true, engine.double was set"
-        yield ("measurements", "engine", "engine_is_double"), said
+    for mark, wanted, asked in (
+        ("engine_is_double", engine.get("double") is not None, "engine.double was {}set"),
+        ("simulated", engine["kind"] == "simulated", "the engine is {}simulated"),
+    ):
+        marked = found.engine is not None and getattr(found.engine, mark) is True
+        if numbers and marked != wanted:
+            said = f"is {'' if marked else 'not '}true, {asked.format('' if wanted else 'not ')}"
+            yield ("measurements", "engine", mark), said
+    if found.sizing is not None and found.sizing.law.startswith(SIMULATED) != (engine["kind"] == "simulated"):
+        yield ("measurements", "sizing", "law"), f"is {show(found.sizing.law)} of an engine {engine['kind']}"
 
 
 _GENERATING = frozenset({"embedded", "tensorrt_llm"})  # the other engines serve no requests

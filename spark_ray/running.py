@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -19,13 +19,14 @@ from typing import Any, Literal
 import click
 from rich.console import Console
 
-from . import config, image, opening, orchestrator, reap
-from .cluster import one_local_node
+from . import config, image, opening, orchestrator, power, reap
+from .cluster import Cluster, one_local_node
+from .drive import Drive, Known, failed_share
 from .environment_spec import DockerEnvironment
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, InputError, RunError
-from .execute import Drive, LocalSlots, failed_share
+from .execute import LocalSlots
+from .experiment import Experiment
 from .preview import Preview, preview, probe
-from .search import Search
 from .store import PLAN, Store
 from .terminal import Terminal, show_lacking, show_plan, show_summary
 
@@ -113,8 +114,19 @@ def look(path: Path, overrides: tuple[str, ...], options: Options) -> Planned:
             mend="leave out --address and --cluster",
         )
     cluster = config.load_cluster(options.cluster) if options.cluster else one_local_node()
-    folder = run_folder(options, loaded.experiment.name)
-    return Planned(loaded, preview(loaded.experiment, cluster, probe(loaded.experiment)), folder)
+    return look_at(loaded, options, run_folder(options, loaded.experiment.name), cluster)
+
+
+def look_at(loaded: config.LoadedExperiment, options: Options, folder: Path, cluster: Cluster) -> Planned:
+    """What this host makes of an experiment; its margin is at least the noise floor of its pilot."""
+    noise, pilot = None, loaded.experiment.search.target.pilot
+    if options.resume and (folder / PLAN).is_file():
+        noise = power.of_plan(Store.read(folder).plan)
+    elif pilot is not None:
+        noise = power.of_pilot(Path(pilot), loaded.experiment)
+    experiment = power.in_force(loaded.experiment, noise)
+    plan = preview(experiment, cluster, probe(experiment), noise)
+    return Planned(replace(loaded, experiment=experiment), plan, folder)
 
 
 def check_address(options: Options) -> None:
@@ -225,7 +237,7 @@ def _drive(
 ) -> Literal["finished", "paused", "interrupted"]:
     """Execute what is pending."""
     experiment, arms = planned.loaded.experiment, planned.plan.executed
-    search = Search(experiment.search, seed=experiment.seed, journal=store.journal, name=experiment.name)
+    search = opening.study(store, experiment, planned.plan.mark)
     notes = [*opening.changes(store.plan), *opening.rebuild(store, search)]
     for note in notes:
         console.print(note, style="yellow", soft_wrap=True, markup=False)
@@ -233,12 +245,15 @@ def _drive(
     done = sum(state.complete for state in map(store.state, store.blocks()))
     if options.resume:
         _reap(store.folder, planned.plan, console)
-    if not interrupted and len(store.blocks()) >= experiment.search.blocks:
+    look = _looker(store, experiment)
+    spent = len(store.blocks()) >= experiment.search.blocks
+    if not interrupted and (spent or (look is not None and look().stop)):
         return "finished"
     console.print(f"preparing {', '.join(arms)} ...", highlight=False)
     slots = _slots(store, planned, options, console)
-    mark = "DOUBLE" if planned.plan.is_double else ""
-    terminal = Terminal(console, experiment.search.blocks, done, len(arms), quiet=options.json, mark=mark)
+    terminal = Terminal(
+        console, experiment.search.blocks, done, len(arms), quiet=options.json, mark=planned.plan.mark
+    )
     try:
         with (
             terminal,
@@ -246,7 +261,9 @@ def _drive(
         ):  # a live panel takes standard error over first
             for note in notes:
                 logger.warning("%s", note)
-            drive = Drive(store, experiment, arms, search, terminal, interrupted, enough=options.enough())
+            drive = Drive(
+                store, experiment, arms, search, terminal, interrupted, enough=options.enough(), look=look
+            )
             interrupt = _Interrupt(drive)
             try:
                 drive.run(slots.slots)
@@ -261,11 +278,31 @@ def _drive(
         slots.close()
 
 
+def _looker(store: Store, experiment: Experiment) -> Callable[[], Known] | None:
+    """Says how well the map is known; None where nobody draws one to know when it is enough."""
+    if experiment.search.sampler != "map":
+        return None
+    from . import mapping  # loads scikit-learn
+
+    return lambda: mapping.decision(store, experiment)
+
+
+def _show_map(store: Store, planned: Planned, console: Console) -> None:
+    experiment = planned.loaded.experiment
+    if experiment.search.sampler == "map":
+        from . import mapping
+
+        mark = f"{planned.plan.mark} " if planned.plan.mark else ""
+        why = mapping.decision(store, experiment).why
+        console.print(f"{mark}map: {why}", soft_wrap=True, markup=False, highlight=False)
+
+
 def execute(
     store: Store, planned: Planned, options: Options, console: Console, *, report_apart: bool = False
 ) -> Ended:
     """Drive an open run and report it."""
     how = _drive(store, planned, options, console)
+    _show_map(store, planned, console)
     if not options.report:
         later = f"records only; their report: spark-ray report {store.folder}"
         console.print(later, soft_wrap=True, markup=False)
@@ -318,8 +355,13 @@ def _report_apart(folder: Path, console: Console) -> dict[str, Any]:
 
 def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
     """The main job. Returns the exit code; raises SparkRayError for what the user must mend."""
-    console = Console(stderr=options.json, highlight=False)
     planned = look(path, overrides, options)
+    return carry_out(planned, options, resume_line([path], overrides, options, planned.folder))
+
+
+def carry_out(planned: Planned, options: Options, resume: str) -> int:
+    """Show the plan and, unless nothing else was asked, execute it. `resume`: the command that continues the run."""
+    console = Console(stderr=options.json, highlight=False)
     show_plan(console, planned.plan, str(planned.folder), planned.loaded.overrides)
     if options.plan:
         show_lacking(console, planned.plan)
@@ -332,8 +374,7 @@ def run(path: Path, overrides: tuple[str, ...], options: Options) -> int:
     finally:
         store.close()
     if ended.how != "finished":
-        line = resume_line([path], overrides, options, planned.folder)
-        kept = f"{ended.how}; everything measured is kept. Continue with:\n  {line}"
+        kept = f"{ended.how}; everything measured is kept. Continue with:\n  {resume}"
         console.print(kept, soft_wrap=True, markup=False)
     if options.json and ended.how != "interrupted":
         click.echo(json.dumps(ended.summary))

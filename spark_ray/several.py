@@ -21,6 +21,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from . import power
 from .errors import EXIT_OK, InputError, RunError, SparkRayError, UnavailableError
 from .reap import is_driven
 from .running import (
@@ -69,11 +70,13 @@ def standing(store: Store) -> dict[str, Any]:
     records = list(store.records())
     counted = [record for record in records if record["attempt"] == latest[record["block_id"]]]
     return {
+        "simulated": store.plan["experiment"]["engine"]["kind"] == "simulated",
         "blocks": store.plan["experiment"]["search"].get("blocks", 16),
         "complete": sum(state.complete for state in states),
         "outcomes": dict(sorted(Counter(record["outcome"]["kind"] for record in counted).items())),
         "superseded_attempts": len(records) - len(counted),
         "driven": is_driven(str(store.folder.absolute())),
+        "map": _map(store),
         "open": [
             {
                 "block_id": state.block.block_id,
@@ -86,6 +89,15 @@ def standing(store: Store) -> dict[str, Any]:
             if not state.complete
         ],
     }
+
+
+def _map(store: Store) -> dict[str, Any] | None:
+    """How well the map is known; None where no sampler seeks one."""
+    if store.plan["experiment"]["search"].get("sampler") != "map":
+        return None
+    from . import mapping  # loads scikit-learn
+
+    return dataclasses.asdict(mapping.decision(store, power.experiment_of(store.plan)))
 
 
 # ---- the sweep --------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -12,6 +14,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
+    SerializationInfo,
     ValidationError,
     WithJsonSchema,
 )
@@ -32,18 +36,51 @@ def _text_schema(pattern: str, example: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": pattern, "examples": [example]})
 
 
+AS_WRITTEN = {"as_written": True}
+"""Context of a dump that can be validated again: sizes and durations with their unit, as an author writes them."""
+
+
+def with_unit(value: float, unit: str) -> str:
+    """A number as text that `held` reads back.
+
+    >>> with_unit(1.5, "s")
+    '1.5s'
+    """
+    return f"{Decimal(repr(value)):f}{unit}"
+
+
+def _written_with(unit: str) -> PlainSerializer:
+    def write(value: float, info: SerializationInfo) -> Any:
+        return with_unit(value, unit) if info.context == AS_WRITTEN else value
+
+    return PlainSerializer(write)
+
+
 _NUMBER = r"^\s*[0-9]+(\.[0-9]+)?\s*"
 PlainName = Annotated[str, AfterValidator(_plain)]
 SizeBytes = Annotated[
-    int, BeforeValidator(parse_size_bytes), _text_schema(_NUMBER + r"([KMGT]iB|[kKMGT]?B)\s*$", "2GiB")
+    int,
+    BeforeValidator(parse_size_bytes),
+    _written_with("B"),
+    _text_schema(_NUMBER + r"([KMGT]iB|[kKMGT]?B)\s*$", "2GiB"),
 ]
 DurationS = Annotated[
-    float, BeforeValidator(parse_duration_s), _text_schema(_NUMBER + r"(ms|s|min|h)\s*$", "90s")
+    float,
+    BeforeValidator(parse_duration_s),
+    _written_with("s"),
+    _text_schema(_NUMBER + r"(ms|s|min|h)\s*$", "90s"),
 ]
 # Strict: a quoted number or "yes" is refused here, as an editor with the schema refuses it there.
 Flag = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 PositiveInt = Annotated[int, Field(gt=0, le=2**31 - 1, strict=True)]
+Scalar = (
+    Annotated[bool, Field(strict=True)]
+    | Annotated[int, Field(strict=True)]
+    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    | str
+    | None
+)
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 
 
@@ -56,6 +93,21 @@ def shape(value: object) -> str:
     if isinstance(value, dict | Spec):
         return "mapping"
     return "list" if isinstance(value, list) else "value"
+
+
+def held(written: Scalar) -> Scalar:
+    """A value as programs hold it: a size in bytes, a duration in seconds, anything else as it is."""
+    if isinstance(written, str):
+        for parse in (parse_size_bytes, parse_duration_s):
+            with contextlib.suppress(ValueError):
+                return parse(written)
+    return written
+
+
+def unit_of(written: Scalar) -> str:
+    """B of a size, s of a duration; nothing of anything else."""
+    value = held(written)
+    return "" if value is written else "B" if isinstance(value, int) else "s"
 
 
 Items = TypeVar("Items", list[Any], tuple[Any, ...])

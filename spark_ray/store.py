@@ -17,7 +17,7 @@ import json
 import os
 import py_compile
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -96,9 +96,9 @@ class Store:
         files: dict[str, str],
         plan: dict[str, Any],
         worker: Path | None = None,
-        beside: Path | None = None,
+        beside: Mapping[str, Path] | None = None,
     ) -> Store:
-        """A new run: `files` verbatim, `worker` as the bundle with the package `beside` it, under its own name.
+        """A new run: `files` verbatim, `worker` as the bundle with packages and modules `beside` it, by name.
 
         `plan` (plan.json) is written last and makes it a run.
         """
@@ -118,8 +118,8 @@ class Store:
                 (folder / name).write_text(text, encoding="utf-8")
             if worker is not None:
                 copy_bundle(worker, folder / "bundle" / protocol.PACKAGE)
-            if beside is not None:
-                copy_bundle(beside, folder / "bundle" / beside.name)
+            for name, source in (beside or {}).items():
+                copy_bundle(source, folder / "bundle" / name)
         except OSError as error:
             store.close()
             raise RunError(
@@ -277,6 +277,9 @@ def _clear(folder: Path) -> None:
 
 
 def copy_bundle(source: Path, target: Path) -> None:
-    """A package under the name it runs by, compiled; a file that is changed is compiled again."""
+    """A package or module under the name it runs by, compiled; a file that is changed is compiled again."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     compileall.compile_dir(target, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)

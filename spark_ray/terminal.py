@@ -13,9 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from . import power
+from .drive import Known
 from .errors import EXIT_UNAVAILABLE
+from .knobs import axis_words, scalar_words
 from .plan import Block
 from .preview import Preview
+from .spec import Scalar
 from .store import BlockState
 from .units import format_bytes, format_duration
 
@@ -33,6 +37,8 @@ def show_plan(console: Console, plan: Preview, folder: str, overrides: Sequence[
         console.print("[yellow]engine fake: no engine runs; its numbers mean nothing[/yellow]")
     elif experiment.engine.kind == "probe":
         console.print("[yellow]PROBE: the sizing law over real memory; no inference engine runs[/yellow]")
+    elif experiment.engine.kind == "simulated":
+        console.print("[yellow]SIMULATED: no engine runs; capacities come from a formula[/yellow]")
     if plan.is_double:
         console.print("[yellow]DOUBLE: a stand-in for TensorRT-LLM; its numbers are no measurements[/yellow]")
     table = Table(box=None, pad_edge=False)
@@ -51,7 +57,9 @@ def show_plan(console: Console, plan: Preview, folder: str, overrides: Sequence[
     pair, search = experiment.compared, experiment.search
     lines = [
         f"contrast    1 - KV({pair.against}) / KV({pair.baseline})",
-        f"search      {search.sampler}, {search.blocks} blocks x {len(plan.counted)} arms, {search.repetitions} repetition(s), seed {experiment.seed}",
+        f"search      {search.sampler}, {'at most ' if search.sampler == 'map' else ''}{search.blocks} blocks x {len(plan.counted)} arms, {search.repetitions} repetition(s), seed {experiment.seed}",
+        *(f"knob        {path}: {axis_words(axis)}" for path, axis in search.space.further.items()),
+        *power.said(plan.noise, search, mark=plan.mark),
         f"slots       {plan.slots} on {', '.join(node.name for node in plan.cluster.nodes)}",
         *_time(plan),
         f"folder      {folder}",
@@ -124,6 +132,7 @@ class Terminal:
         self._lock = threading.Lock()
         self._running: dict[str, str] = {}
         self._best: tuple[float, str] | None = None
+        self._known: Known | None = None
         self._counts: dict[str, int] = {}
         self._trials = 0
         self._total = (blocks - done) * arms
@@ -157,6 +166,7 @@ class Terminal:
             best = (
                 "none yet" if self._best is None else f"{self._mark}{self._best[0]:+.1%} at {self._best[1]}"
             )
+            known = self._known
         lines = Text.assemble(
             ("now      ", "dim"),
             running,
@@ -166,6 +176,7 @@ class Terminal:
             "\n",
             ("largest divergence  ", "dim"),
             best,
+            *_map_lines(known, self._mark),
         )
         return Group(self._progress, lines)
 
@@ -187,18 +198,34 @@ class Terminal:
             left = max(0, self._total - self._trials)
         self._progress.update(self._task, left=f"about {format_duration(each * left)} left" if left else "")
         detail = "" if outcome["kind"] == "ok" else f"  {outcome['reason']}: {outcome['message']}"
-        self._say(f"{block.block_id} {arm}: {outcome['kind']}{detail}")
+        self._say(f"{block.block_id} {self._mark}{arm}: {outcome['kind']}{detail}")
         if self._live is not None and outcome["kind"] not in _COLOURS:
             failed = Text.assemble((f"{block.block_id} {arm}: {outcome['kind']}", "red"), detail)
             self._console.print(failed, soft_wrap=True)
 
-    def block_ended(self, state: BlockState, divergence: float | None) -> None:
+    def block_ended(self, state: BlockState, divergence: float | None, known: Known | None = None) -> None:
         words = configuration_words(state.block.configuration)
         with self._lock:
+            self._known = known or self._known
             if divergence is not None and (self._best is None or abs(divergence) > abs(self._best[0])):
                 self._best = (divergence, words)
         self._progress.advance(self._task)
         self._say(f"{state.block.block_id} {self._mark}{_block_end(state, divergence)}  ({words})")
+        if known:
+            self._say(f"{state.block.block_id} {self._mark}map: {_known_words(known)}")
+
+
+def _map_lines(known: Known | None, mark: str) -> list[Any]:
+    return [] if known is None else ["\n", ("map      ", "dim"), f"{mark}{_known_words(known)}"]
+
+
+def _known_words(known: Known) -> str:
+    if known.expected_misclassified == 1:
+        return "nothing is known yet"
+    return (
+        f"{known.expected_misclassified:.1%} of the space expected to be called wrongly, "
+        f"{known.undecided_volume:.1%} undecided"
+    )
 
 
 def _block_end(state: BlockState, divergence: float | None) -> str:
@@ -208,19 +235,16 @@ def _block_end(state: BlockState, divergence: float | None) -> str:
     return f"{'done' if state.complete else 'given up'}: no contrast, {bad}"
 
 
-def configuration_words(configuration: Mapping[str, int | float]) -> str:
+def configuration_words(configuration: Mapping[str, Scalar]) -> str:
     short = {"max_batch_size": "batch", "max_num_tokens": "tokens", "memory_fraction": "fraction"}
-    return " ".join(
-        f"{short.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{short.get(key, key)} {value}"
-        for key, value in configuration.items()
-    )
+    return " ".join(f"{short.get(key, key)} {scalar_words(value)}" for key, value in configuration.items())
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], report: str | None) -> None:
     """The table at the end: capacity by arm, the contrast with the baseline, what was not ok."""
     baseline = summary["baseline"]
     contrasts = {each["arm"]: each["contrast"]["mean"] for each in summary["contrasts"]}
-    mark = "DOUBLE " if summary.get("engine_is_double") else ""
+    mark = "DOUBLE " if summary.get("engine_is_double") else "SIMULATED " if summary.get("simulated") else ""
     table = Table(
         title=f"{mark}{summary['name']}: KV cache by arm", title_justify="left", box=None, pad_edge=False
     )
@@ -255,11 +279,13 @@ def show_standing(console: Console, found: Mapping[str, Mapping[str, Any]], *, w
     """Where runs stand, one line each; `whole`: the one run in full."""
     for name, run in found.items():
         outcomes = ", ".join(f"{count} {kind}" for kind, count in run["outcomes"].items()) or "no trial yet"
-        lines = [f"{run['complete']} of {run['blocks']} blocks complete; {outcomes}"]
+        mark = "SIMULATED " if run["simulated"] else ""
+        lines = [f"{mark}{run['complete']} of {run['blocks']} blocks complete; {outcomes}"]
         lines[0] += (
             f"; {run['superseded_attempts']} superseded attempts" if run["superseded_attempts"] else ""
         )
         lines[0] += "; being driven now" if run["driven"] else ""
+        lines[0] += f"; map: {run['map']['why']}" if run["map"] else ""
         if whole:
             lines += [
                 f"  open: {block['block_id']} ({configuration_words(block['configuration'])}), "

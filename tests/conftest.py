@@ -12,9 +12,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("no_times", deadline=None)
+hypothesis.settings.load_profile("no_times")  # tests assert no times: a busy machine is no failure
+
 TIERS = ("docs", "process", "root", "docker", "mpi", "podman", "ray", "embedded", "browser", "gpu")
+BESIDE_OTHERS = {"docs", "process"}
+"""Tiers whose tests see nothing of what else happens on the machine; all others are marked `machine`."""
 _LIBRARIES = {
     "embedded": ("torch", "transformers"),
     "docs": ("sphinx", "myst_parser", "furo", "sphinx_click"),
@@ -74,11 +80,15 @@ def pytest_configure(config):
         raise pytest.UsageError(f"no such tier: {', '.join(unknown)}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for tier in TIERS:
-            if item.get_closest_marker(tier) and config.lacks[tier]:
+        tiers = [tier for tier in TIERS if item.get_closest_marker(tier)]
+        for tier in tiers:
+            if config.lacks[tier]:
                 item.add_marker(pytest.mark.skip(reason=f"tier {tier}: {config.lacks[tier]}"))
+        if not BESIDE_OTHERS.issuperset(tiers):
+            item.add_marker(pytest.mark.machine)
     # Quick tiers first: a mistake shows in seconds, and the long end-to-end test comes last.
     items.sort(key=lambda item: sum(1 << TIERS.index(t) for t in TIERS if item.get_closest_marker(t)))
 
@@ -133,3 +143,28 @@ def cache(tmp_path_factory):
         del os.environ["SPARK_RAY_CACHE"]
     else:
         os.environ["SPARK_RAY_CACHE"] = old
+
+
+# ---- a run that several files read ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def map_run(tmp_path_factory):
+    """experiments/simulated_map.yaml, its first ten blocks, with a report. Nobody changes it."""
+    from helpers import run
+
+    folder = tmp_path_factory.mktemp("map") / "run"
+    file = Path(__file__).parent.parent / "experiments" / "simulated_map.yaml"
+    done = run(file, "--local", "--set", "search.blocks=10", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def few_blocks(map_run, tmp_path):
+    """The same run when it had two blocks: too few for a map."""
+    folder = tmp_path / "few"
+    shutil.copytree(map_run, folder, ignore=shutil.ignore_patterns("*.parquet", "report.html"))
+    for later in sorted((folder / "blocks").glob("b*.json"))[2:]:
+        later.unlink()
+    return folder

@@ -88,7 +88,7 @@ def call(module, *arguments, **variables):
     """`python -m MODULE ARGUMENTS...` in a process of its own, with these variables on top; it never ends in a traceback."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL, env={**os.environ, **variables},
+        capture_output=True, text=True, timeout=600, check=False, stdin=subprocess.DEVNULL, env={**os.environ, **variables},
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done

@@ -27,7 +27,7 @@ def browsed(tmp_path_factory):
             "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
             "--virtual-time-budget=20000", "--dump-dom", (folder / "report.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     return done.stdout, done.stderr, log.read_text()
 

@@ -226,7 +226,7 @@ def _has(place, key):
 _PATHS = list(_paths(record(ONE_BLOCK, "full")))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(_PATHS), _ODD), min_size=1, max_size=4))
 def test_a_record_with_odd_parts_gives_absent_values_not_a_traceback(changes):
     odd = copy.deepcopy(record(ONE_BLOCK, "full")) | {"standing": "counts"}

@@ -4,10 +4,11 @@ import html.parser
 import json
 import shutil
 
+import pandas as pd
 import pytest
 from test_analysis_frames import OTHERS_MIB, compose, record, two_gib_of_cache
 
-from analysis import attribution, overview, report, statistics, verdict
+from analysis import attribution, noise, overview, report, statistics, verdict
 from spark_ray.units import GIB, MIB
 
 NAN_FREE = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
@@ -193,6 +194,16 @@ def test_equal_arms_are_called_equal_and_set_the_noise_floor(tmp_path):
     assert "Noise floor: " in summary["verdict"]
     assert "with 80 % power" in summary["verdict"]
     assert summary["contrasts"][1]["equivalence"]["p"] < 0.05
+
+
+def test_arms_that_a_knob_makes_equal_in_some_blocks_are_no_noise_floor():
+    columns = {"block_id": ["b0", "b0", "b1", "b1"], "arm": ["a", "b"] * 2, "setup": ["x", "x", "x", "y"]}
+    pairs = pd.DataFrame({"arm": ["b", "b"], "contrast": [0.0, 0.2]})
+    trials = pd.DataFrame(columns)
+    assert noise.twins(trials, pairs, "a") == []
+    (twin,) = noise.twins(trials[trials["block_id"] == "b0"], pairs, "a")
+    assert twin.arm == "b"
+    assert noise.twins(trials, pairs, "c") == []
 
 
 def test_a_compared_arm_that_was_left_out(tmp_path):

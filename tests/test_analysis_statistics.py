@@ -58,7 +58,7 @@ def test_agreement_to_the_last_digit_is_not_a_division_by_zero():
     assert (none.excludes_zero, none.note) == (False, "0 of 2 blocks differ")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(values, st.floats(0.001, 1000))
 def test_a_unit_or_a_sign_changes_nothing(sample, scale):
     found, scaled, mirrored = (
@@ -73,7 +73,7 @@ def test_a_unit_or_a_sign_changes_nothing(sample, scale):
     assert min(sample) <= found.hodges_lehmann <= max(sample)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(values, st.floats(0.1, 1e6), st.floats(1.01, 10))
 def test_a_wider_margin_is_never_harder_to_meet(sample, margin, factor):
     assert (
@@ -116,7 +116,7 @@ def test_page_cache_alone_is_predicted_to_the_block():
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 9 << 30), st.integers(310 << 20, 4 << 30), st.integers(0, 2 << 30))
 def test_terms_add_up_to_the_measured_difference_exactly(cached, anon, per_cpu):
     row = pair(cached=cached + 40 * MIB, anon=anon, per_cpu=per_cpu)

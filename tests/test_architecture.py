@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spark_ray"
 LAYERS = [
-    {"worker"}, {"errors", "units", "diagnose", "guestfiles", "roots", "redact"}, {"nvml", "driver", "cuda_view"}, {"spec"}, {"engines", "environment_spec", "conditions"}, {"experiment"}, {"privileged", "isolate", "tether", "ballast_process", "watchdog_process", "watchdog", "capabilities"}, {"rootact"}, {"group"},
-    {"rootfs_host"}, {"rootfs"}, {"rootfs_check"}, {"image"}, {"rootfs_image"}, {"environments"}, {"page_cache", "ballast", "compile_cache"}, {"treatments"}, {"cluster"}, {"explain"}, {"config"}, {"plan", "duration", "cdi", "double"},
-    {"measurements"}, {"result"}, {"divergence", "outcome", "plausible", "observation", "host_view"}, {"record", "ledger"}, {"store"}, {"host", "guest", "receive", "footprint"}, {"guest_podman", "sampler", "gate", "guard"}, {"attend"}, {"native_tensorrt_llm"}, {"content"}, {"launch", "reap", "digest"}, {"execute"}, {"actors", "search"}, {"orchestrator"},
-    {"preview"}, {"pin"}, {"terminal", "opening"}, {"running", "completion"}, {"several"}, {"sweep", "doctor"}, {"spark_check"}, {"selftest"}, {"cli"}, {"__main__"},
+    {"worker"}, {"errors", "units", "diagnose", "guestfiles", "roots", "redact"}, {"nvml", "driver", "cuda_view"}, {"spec"}, {"simulated"}, {"engines", "environment_spec", "conditions", "search_spec"}, {"knobs"}, {"experiment"}, {"privileged", "isolate", "tether", "ballast_process", "watchdog_process", "watchdog", "capabilities"}, {"rootact"}, {"group"},
+    {"rootfs_host"}, {"rootfs"}, {"rootfs_check"}, {"image"}, {"rootfs_image"}, {"environments"}, {"page_cache", "ballast", "compile_cache"}, {"treatments"}, {"cluster"}, {"explain"}, {"config"}, {"plan", "duration", "cdi", "double", "landscape"},
+    {"measurements"}, {"result"}, {"divergence", "outcome", "plausible", "observation", "host_view"}, {"record", "ledger"}, {"store"}, {"told", "power"}, {"host", "guest", "receive", "footprint"}, {"guest_podman", "sampler", "gate", "guard"}, {"attend"}, {"native_tensorrt_llm"}, {"content"}, {"launch", "reap", "digest"}, {"execute"}, {"drive"}, {"actors", "search"}, {"mapping"}, {"orchestrator"},
+    {"preview"}, {"pin", "predict"}, {"terminal", "opening"}, {"running", "completion"}, {"several", "pilot"}, {"sweep", "doctor"}, {"spark_check"}, {"selftest"}, {"cli_content"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Pairs that know each other on purpose: the host build is a part of rootfs, split for size.
@@ -23,7 +23,8 @@ HOMES = {
     "optuna": {"spark_ray/search"},
     "pandas": {"analysis"},
     "plotly": {"analysis"},
-    "scipy": {"analysis"},
+    "scipy": {"analysis", "spark_ray/search", "spark_ray/power.py"},
+    "sklearn": {"spark_ray/search/process.py"},
     "torch": {"spark_ray/worker"},
     "transformers": {"spark_ray/worker"},
     "docker": {"spark_ray/image.py", "spark_ray/guest.py"},

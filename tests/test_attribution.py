@@ -90,7 +90,7 @@ amounts = st.dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     amounts,
     amounts,
@@ -117,7 +117,7 @@ def test_what_no_counter_holds_is_the_rest():
     assert terms["rest"] / row["delta_kv_cache_bytes"] >= 0.95
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.sampled_from(HOST),
     st.integers(400, 900),
@@ -312,14 +312,14 @@ engines = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(engines, engines)
 def test_printed_terms_add_up_whatever_moves_and_whatever_was_not_read(before, after):
     row, terms = terms_of(tensorrt_llm("empty", **before), tensorrt_llm(**after))
     assert sum(terms.values()) == pytest.approx(row["delta_kv_cache_bytes"], abs=1e-3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(engines, amounts)
 def test_terms_of_two_laws_add_up(before, after):
     row, terms = terms_of(tensorrt_llm("empty", **before), state(**after))

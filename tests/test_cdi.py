@@ -189,7 +189,7 @@ PLAIN = st.recursive(
 EDITS = st.dictionaries(st.sampled_from(["env", "deviceNodes", "mounts", "hooks"]), PLAIN)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.fixed_dictionaries(
         {"kind": st.just(cdi.KIND)}, optional={"devices": PLAIN, "containerEdits": EDITS | PLAIN}

@@ -1,11 +1,13 @@
 """A sweep on a Ray cluster of two nodes (both on this machine), each offering one slot."""
 
+import itertools
 import subprocess
 import sys
 from collections import defaultdict
 
 import pytest
 from helpers import experiment_data, guests_of, write_yaml
+from test_mapping import simulated
 
 from spark_ray.store import Store
 
@@ -33,7 +35,7 @@ def address():
     )
     yield cluster.stdout.readline().strip()
     cluster.stdin.close()
-    cluster.wait(timeout=60)
+    cluster.wait(timeout=600)
     cluster.stdout.close()
 
 
@@ -57,6 +59,23 @@ def test_two_nodes_share_the_blocks_and_a_pair_stays_on_its_slot(tmp_path, addre
     assert all(len(used) == 1 for used in slots.values()), "both arms of a pair run on the same slot"
     assert len(set.union(*slots.values())) == 2, "both nodes worked"
     assert guests_of(folder) == []
+
+
+def test_a_map_is_drawn_by_two_nodes_and_asks_for_nothing_that_is_under_way(tmp_path, address):
+    folder = tmp_path / "run"
+    done = sweep(simulated(tmp_path), "--out", folder, "--address", address, "--no-report")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "asked for: 6.0%" in done.stdout
+    store = Store.read(folder)
+    times = defaultdict(list)
+    for record in store.records():
+        times[record["block_id"]] += [record["started_at"], record["ended_at"]]
+    blocks = store.blocks()
+    assert 8 <= len(blocks) < 30
+    for one, other in itertools.pairwise(blocks):
+        if min(times[other.block_id]) < max(times[one.block_id]):
+            assert one.configuration != other.configuration
+    assert len({record["slot"] for record in store.records()}) == 2, "both nodes worked"
 
 
 def test_a_cluster_that_is_not_there_is_said(tmp_path):

@@ -16,7 +16,7 @@ def test_the_completion_script_of_each_shell(shell, word):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     )
     assert word in done.stdout
     assert "_SPARK_RAY_COMPLETE" in done.stdout
@@ -26,7 +26,7 @@ def completed(cwd, line):
     words = f"spark-ray {line}"
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.argv[0] = 'spark-ray'; from spark_ray.cli import main; sys.exit(main())"],
-        capture_output=True, text=True, check=False, timeout=60, cwd=cwd,
+        capture_output=True, text=True, check=False, timeout=600, cwd=cwd,
         env={**os.environ, "_SPARK_RAY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)},
     )  # fmt: skip
     return done.stdout.split()

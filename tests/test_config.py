@@ -44,12 +44,13 @@ MISTAKES = [
     ("seed: 7", "xyzzy: 7", ":3: xyzzy: unknown key; keys here: arms, contrast, engine, "),
     ("kv_cache: 2GiB", "memory_view: cgroup", ":4: engine.memory_view: unknown key; keys here: allocate, "),
     ("memory: 8GiB", "memry: 8GiB", ":17: arms.docker.environment.memry: unknown key; did you mean memory?"),
+    ("  sampler", "  target: {margn: 0.1}\n  sampler", "search.target.margn: unknown key; did you mean margin?"),
     ("    treatment", "    treatmint", ":15: arms.native.treatmint: unknown key; did you mean treatment?"),
     ("{fill: 2GiB}", "{fil: 2GiB}", ":15: arms.native.treatment.page_cache.fil: unknown key; did you mean fill?"),
     ("{fill: 2GiB}", "dorp", "page_cache: must be one of drop, keep, advise: got 'dorp'; did you mean drop?"),
-    ("qmc", "tpee", ":6: search.sampler: must be one of grid, random, qmc, tpe, gp: got 'tpee'; did you mean tpe?"),
-    ("kind: fake", "kind: fkae", ":4: engine.kind: must be one of embedded, probe, tensorrt_llm, fake: got 'fkae'; did you mean fake?"),
-    ("kind: fake, ", "", ":4: engine.kind: this key is missing: one of embedded, probe, tensorrt_llm, fake"),
+    ("qmc", "tpee", ":6: search.sampler: must be one of grid, random, qmc, tpe, gp, map: got 'tpee'; did you mean tpe?"),
+    ("kind: fake", "kind: fkae", ":4: engine.kind: must be one of embedded, probe, tensorrt_llm, simulated, fake: got 'fkae'; did you mean fake?"),
+    ("kind: fake, ", "", ":4: engine.kind: this key is missing: one of embedded, probe, tensorrt_llm, simulated, fake"),
     ("kind: docker", "kind: dokcer", ":17: arms.docker.environment.kind: must be one of native, chroot, isolated, docker, podman: got"),
     (": native\n", ": natve\n", ":14: arms.native.environment: must be one of native, chroot, isolated, docker, podman: got 'natve'"),
     ("blocks: 4", "blocks: four", ":7: search.blocks: must be a valid integer: got 'four'"),
@@ -263,6 +264,22 @@ def test_a_bad_set_is_said_plainly(said, override, words):
     text.encode()
 
 
+def test_set_reaches_a_knob_whose_key_has_dots():
+    file = Path(__file__).parent.parent / "experiments" / "simulated_knobs.yaml"
+    said = [
+        "engine.tokens_per_block=[16, 64]",  # one more
+        "engine.max_seq_len.1=4096",
+        "arms.container.engine.effect.held.high=4GiB",
+    ]
+    found = load_experiment(file, [f"search.space.further.{each}" for each in said]).experiment
+    axes = found.search.space.axes
+    assert axes["engine.tokens_per_block"] == (16, 64)
+    assert axes["engine.max_seq_len"] == (2048, 4096)
+    assert axes["arms.container.engine.effect.held"].high == 4 << 30
+    with pytest.raises(InputError, match=r"--set .*engine\.holt: unknown key"):
+        load_experiment(file, ["search.space.further.engine.holt=1s"])
+
+
 def test_set_makes_the_mappings_it_needs_and_the_last_one_wins(load):
     text = GOOD.partition("\nlimits:")[0]
     loaded = load(text, "limits.block_attempts=5", "limits.block_attempts=6", "arms.native.required=false")
@@ -308,7 +325,7 @@ def _mutated(draw):
     return data
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 @given(_mutated())
 @example(b"engine: {kind: fake, fake: {fake: 1}}")
 @example(b"search: {space: {max_batch_size: {mapping: {low: 1}}}}")
@@ -324,7 +341,7 @@ def test_any_text_is_an_experiment_or_an_input_error(load, data):
         assert Experiment.model_validate(loaded.resolved) == loaded.experiment
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=20), st.sampled_from(["", "arms.docker", "search.space.max_num_tokens.0", "engine"]))
 def test_any_set_is_an_experiment_or_an_input_error(load, text, before):
     try:

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import experiment_data, spark_ray, write_yaml
 
-from spark_ray import cli, diagnose, image, pin
+from spark_ray import cli, cli_content, diagnose, image, pin
 from spark_ray.errors import InputError, UnavailableError
 
 STUDY = {  # the text of each, as the study shows it
@@ -92,7 +92,7 @@ def test_without_a_yes_nothing_is_asked_of_anyone(monkeypatch):
     assert done.returncode == 2
     assert "nvcr.io" in done.stderr
     assert "nothing was fetched" in done.stderr
-    monkeypatch.setattr(cli.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(cli_content.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("click.confirm", lambda *_, **__: False)
         assert cli.main(["image", "pull", REFERENCE]) == 0

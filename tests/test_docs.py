@@ -20,7 +20,7 @@ from helpers import experiment_data, write_yaml
 from pydantic import BaseModel, Field
 from schema_reference import sections, undescribed
 
-from analysis.columns import SAMPLES, columns
+from analysis.columns import MAP, SAMPLES, columns
 from spark_ray import cli, cluster, config, errors, sweep
 from spark_ray.errors import InputError
 from spark_ray.experiment import Experiment
@@ -43,7 +43,7 @@ def blocks(language):
                 yield pytest.param(text, id=f"{page.relative_to(ROOT)}: {text.strip().splitlines()[0][:50]}")
 
 
-def run(*words, cwd=ROOT, timeout=120):
+def run(*words, cwd=ROOT, timeout=600):
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd)
 
 
@@ -204,13 +204,33 @@ def test_each_yaml_block_is_an_experiment_or_a_part_of_one(text, tmp_path):
 
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
-    """A folder with runs/quickstart in it: of the fake engine, as its tables, summary and report are of any other's."""
+    """A folder with two small runs in it.
+
+    runs/quickstart, of the fake engine, as its tables, summary and report are of any other's; and a map, runs/simulated-map.
+    """
     folder = tmp_path_factory.mktemp("documents")
-    experiment = write_yaml(folder, experiment_data(blocks=3))
-    words = [sys.executable, "-m", "spark_ray.sweep", str(experiment), "--local", "--out", "runs/quickstart"]
-    done = run(*words, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    fake = [str(write_yaml(folder, experiment_data(blocks=3))), "--out", "runs/quickstart"]
+    mapped = [
+        str(ROOT / "experiments" / "simulated_map.yaml"),
+        "--out",
+        "runs/simulated-map",
+        "--set",
+        "search.blocks=5",
+    ]
+    for words in (fake, mapped):
+        done = run(sys.executable, "-m", "spark_ray.sweep", *words, "--local", cwd=folder)
+        assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.process
+def test_the_columns_of_the_map_are_those_that_are_written(a_run):
+    """With AXIS and ARM written out."""
+    written = list(pandas.read_parquet(a_run / "runs" / "simulated-map" / "map.parquet").columns)
+    axes = ["max_batch_size", "max_num_tokens", "memory_fraction"]
+    of_arm = [name for name in MAP if "ARM" in name]
+    of_arms = [name.replace("ARM", arm) for arm in ("native", "container") for name in of_arm]
+    assert written == [*axes, *of_arms, *[name for name in MAP if name not in {"AXIS", *of_arm}]]
 
 
 @pytest.mark.process

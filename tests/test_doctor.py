@@ -25,7 +25,7 @@ def run(*arguments, **options):
         [sys.executable, "-m", "spark_ray", "doctor", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         **options,
     )

@@ -55,7 +55,7 @@ def run(code, model=None, folder=DOUBLE, **variables):
     """(what it told, everything it printed)."""
     done = subprocess.run(
         [sys.executable, "-c", f"MODEL = {str(model)!r}\n{START}\nif __name__ == '__main__':\n    " + "\n    ".join(code.strip().splitlines())],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), **variables},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -338,7 +338,7 @@ def test_the_bench_reports_what_it_counted(model, tmp_path):
         [sys.executable, "-m", "tensorrt_llm.double_bench", "-m", "x", "--model_path", model, "throughput", "--max_batch_size", "4",
          "--max_num_tokens", "256", "--max_seq_len", "512", "--kv_cache_free_gpu_mem_fraction", "0.5", "--dataset", tmp_path / "data.jsonl",
          "--extra_llm_api_options", tmp_path / "extra.yaml", "--report_json", tmp_path / "report.json", "--streaming"],
-        capture_output=True, text=True, timeout=60, check=False, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(DOUBLE), **FIXED},
+        capture_output=True, text=True, timeout=600, check=False, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(DOUBLE), **FIXED},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())

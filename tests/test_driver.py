@@ -126,7 +126,7 @@ def test_inside_a_chroot_they_are_there_and_closed(tmp_path):
     spec.write_text(json.dumps(start.enter | {"argv": argv}))
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(rootact.ISOLATE), "enter", str(spec)],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.stdout == "closed\n", done.stderr
     assert driver.INSIDE not in Path("/proc/self/mountinfo").read_text()
@@ -163,7 +163,7 @@ def test_a_sweep_gives_the_driver_to_chroot_and_container_and_says_how(tmp_path,
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env=os.environ | {"LD_LIBRARY_PATH": str(files.lib)},
     )

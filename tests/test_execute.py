@@ -3,16 +3,19 @@
 import contextlib
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from helpers import experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spark_ray.drive import Drive, failed_share
 from spark_ray.errors import WatchdogStop
-from spark_ray.execute import Drive, SlotLost, failed_share, outcome_of
-from spark_ray.search import Abandoned, Search, Told
+from spark_ray.execute import SlotLost
+from spark_ray.search import Abandoned, Search
 from spark_ray.store import RECORD, RECORD_VERSION, Store, write_durably
+from spark_ray.told import told_of
 
 
 class Silent:
@@ -40,8 +43,11 @@ class ScriptedSlot:
             "record_version": RECORD_VERSION, "trial_id": block.trial_id(arm), "arm": arm, "attempt": attempt, "outcome": outcome,
             "result": {"measurements": {"kv_cache": kv}},
         }  # fmt: skip
-        write_durably(folder / RECORD, record)
-        return outcome
+        self.measured(block, arm, record)
+        write_durably(folder / RECORD, record)  # once, as a host does: others may read it at once
+        return record["outcome"]
+
+    def measured(self, block, arm, record): ...
 
     def stop(self):
         self.stopped.set()
@@ -56,8 +62,7 @@ def drive(folder, made, scripts):
         finished = {}
         for state in map(store.state, store.blocks()):
             if state.complete:
-                told = outcome_of(state, store, made)
-                finished[state.block.study_trial] = Told(*told) if told else Abandoned("failed")
+                finished[state.block.study_trial] = told_of(state, store, made) or Abandoned("failed")
         interrupted = len(search.recover(finished))
         slots = [ScriptedSlot(store, f"slot-{i}", script) for i, script in enumerate(scripts)]
         drive = Drive(store, made, ["a", "b"], search, Silent(), interrupted)
@@ -132,7 +137,43 @@ def test_parallel_slots_share_the_budget_and_no_block(tmp_path):
     assert set(owners.values()) == {1}, "both arms of a pair run on the same slot"
 
 
-@settings(max_examples=25, deadline=None)
+class TwoAtOnce(ScriptedSlot):
+    """The first slot measures its first block alone; from their second blocks on, both must be at work to go on."""
+
+    first_is_told = threading.Event()
+    together = threading.Barrier(2)
+
+    def run(self, block, arm, attempt):
+        if arm == block.order[0]:
+            if any(call[0] != block.block_id for call in self.calls):
+                self.together.wait(timeout=20)
+            elif self.name == "slot-1":
+                assert self.first_is_told.wait(timeout=20)
+        return super().run(block, arm, attempt)
+
+
+def test_a_slot_waits_where_an_open_block_may_say_that_the_map_is_not_known_after_all(tmp_path):
+    made = experiment(blocks=4)
+    store = Store.create(tmp_path / "run", {}, {})
+    known = []
+
+    def look():
+        known.append(SimpleNamespace(stop=len(known) == 0, expected_misclassified=0.0, undecided_volume=0.0))
+        return known[-1]
+
+    class Tells(Silent):
+        def block_ended(self, *_):
+            TwoAtOnce.first_is_told.set()
+
+    search = Search(made.search, seed=1, journal=store.journal, name=made.name)
+    Drive(store, made, ["a", "b"], search, Tells(), look=look).run(
+        [TwoAtOnce(store, f"slot-{number}") for number in range(2)]
+    )
+    store.close()
+    assert len(complete_blocks(tmp_path / "run")) == 4
+
+
+@settings(max_examples=25)
 @given(
     sessions=st.lists(
         st.lists(
@@ -169,10 +210,12 @@ def test_what_the_search_is_told(tmp_path, kinds, expected):
     store.save_block(block)
     for arm, kind in zip("ab", kinds, strict=True):
         ScriptedSlot(store, script=[kind]).run(block, arm, 1)
-    told = outcome_of(store.state(block), store, made)
+    told = told_of(store.state(block), store, made)
     store.close()
     if expected == "failed":
         assert told is None
     else:
-        assert told[0] == (pytest.approx(expected) if expected is not None else None)
-        assert (max(told[1].values()) > 0) == (expected is None)
+        assert told.contrast == (pytest.approx(expected) if expected is not None else None)
+        assert (max(told.constraints.values()) > 0) == (expected is None)
+        assert told.attributes["kv_baseline_bytes"] == 1000, "known, also where the other arm has none"
+        assert told.attributes["kv_against_bytes"] == (900 if kinds[1] == "ok" else None)

@@ -50,7 +50,7 @@ def stranger():
     """A real process that is no descendant of this one."""
     spawn = "import subprocess, sys; print(subprocess.Popen(['sleep', '60'], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)"
     done = subprocess.run(
-        [sys.executable, "-c", spawn], capture_output=True, text=True, check=True, timeout=30
+        [sys.executable, "-c", spawn], capture_output=True, text=True, check=True, timeout=600
     )
     pid = int(done.stdout)
     yield pid
@@ -155,7 +155,7 @@ def test_ours_are_descendants_the_guest_and_whoever_bears_the_runs_name(kin, str
     """A child, a guest that a daemon started, and another slot's guest are ours; the ended and the unseen are nobody's."""
     variables = {environments.RUN_VARIABLE: RUN}
     spawn = "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)"
-    done = subprocess.run([sys.executable, "-c", spawn], capture_output=True, text=True, check=True, env=variables, timeout=30)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", spawn], capture_output=True, text=True, check=True, env=variables, timeout=600)  # fmt: skip
     other_slot = int(done.stdout)
     with subprocess.Popen(["sleep", "60"]) as child:
         asked = [{"pid": pid} for pid in (child.pid, stranger, other_slot, 1 << 30)]

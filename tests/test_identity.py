@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_ray.measurements import ModelInfo
@@ -119,7 +119,6 @@ def test_quantization_inside_config_json_counts_after_the_file(tmp_path):
     assert identity.of(folder)["bytes_per_token"] == 131072
 
 
-@settings(deadline=None)  # it writes files
 @given(
     layers=st.integers(1, 100), heads=st.integers(1, 64), dim=st.sampled_from([64, 80, 96, 128, 256]), ranks=st.integers(1, 16)
 )  # fmt: skip
@@ -223,7 +222,6 @@ KEYS = [
 HEADERS = st.builds(lambda **each: json.dumps({"w": each}).encode(), data_offsets=st.sampled_from([*ODD, [0, 8], [8, 0]]), shape=st.sampled_from([*ODD, [2, 2]]), dtype=st.sampled_from([*ODD, "BF16"]))  # fmt: skip
 
 
-@settings(deadline=None)  # it writes files
 @given(
     changed=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(ODD), max_size=4),
     whole=st.sampled_from([*ODD, LLAMA_8B, DEEPSEEK_V3]),

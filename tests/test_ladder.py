@@ -44,7 +44,7 @@ def trials(blocks):
 sizes = st.integers(1 << 20, 1 << 40)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.fixed_dictionaries({arm: st.one_of(st.none(), sizes) for arm in ARMS}), min_size=1, max_size=6

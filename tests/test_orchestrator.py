@@ -204,7 +204,7 @@ def test_a_driver_that_is_ended_during_an_attempt_through_ray_leaves_nothing(tmp
         started = {pid: started_at(pid) for pid in observe.descendants(process.pid)}
         assert len(started) > 10, "the driver, its child, and Ray"
         process.send_signal(number)
-        said_at_last = process.communicate(timeout=60)[1].decode()
+        said_at_last = process.communicate(timeout=600)[1].decode()
     finally:
         process.kill()
         process.communicate()

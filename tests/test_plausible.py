@@ -297,13 +297,14 @@ def test_rates_are_read_with_their_unit(number, unit):
 
 
 @pytest.mark.process
-def test_a_guest_with_another_models_weights_ends_as_a_failed_trial(tmp_path):
+def test_a_guest_with_another_models_weights_ends_as_a_failed_trial(tmp_path, monkeypatch):
     one = Bench(tmp_path / "run", experiment())
     try:
         assert one.run()["host"]["plausibility"] is None, "the fake engine loads no model"
         told = f'measurements["model"] = {{"weight_bytes": {R1_7B.loaded_bytes}}}'
         one.change_worker("engine_fake.py", 'talk.phase("end")', f'{told}\n    talk.phase("end")')
-        one.runner._references["a"] = dataclasses.replace(asked().reference, weights=QWEN_72B)
+        other = dataclasses.replace(asked().reference, weights=QWEN_72B)
+        monkeypatch.setattr(one.runner, "_reference", lambda _: other)
         record = Record.model_validate(one.run(attempt=2))
         assert (record.outcome.kind, record.outcome.reason) == ("engine_error", "implausible_weights")
         assert record.host.plausibility.violated["weights"] == record.outcome.message

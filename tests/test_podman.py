@@ -266,7 +266,7 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(tmp_path, gr
         [*command, "--local", "--no-report", "--resume"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

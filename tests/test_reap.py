@@ -83,7 +83,7 @@ def test_a_container_whose_guest_was_stopped_when_its_driver_died(tmp_path, clie
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     )
     assert "would remove container" in done.stdout
     done = subprocess.run(
@@ -91,7 +91,7 @@ def test_a_container_whose_guest_was_stopped_when_its_driver_died(tmp_path, clie
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     )
     assert "removed container" in done.stdout
     assert wait_until(lambda: not guests_of(folder), 10)
@@ -152,7 +152,7 @@ def test_a_container_is_told_from_a_process_in_a_pid_namespace_of_its_own(tmp_pa
 def reap_command(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "spark_ray", "reap", *map(str, arguments)],
-        capture_output=True, text=True, check=True, timeout=60,
+        capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     return done.stdout
 

@@ -16,7 +16,7 @@ from spark_ray.errors import InputError
 from spark_ray.experiment import Experiment
 from spark_ray.measurements import Measurements
 from spark_ray.record import Record
-from spark_ray.result import Asked, _double_misfits
+from spark_ray.result import Asked, _mark_misfits
 
 ROOT = Path(__file__).parent.parent
 SPARK = ROOT / "experiments" / "spark_kv_divergence.yaml"
@@ -267,11 +267,13 @@ def test_numbers_of_a_double_without_its_mark_are_not_believed(mark, asked, beli
         {} if mark is None else {"engine_is_double": mark}
     )
     found = Measurements.model_validate({"engine": engine})
-    assert (not list(_double_misfits(found, {"kind": "tensorrt_llm", "double": asked}))) == believed
+    assert (not list(_mark_misfits(found, {"kind": "tensorrt_llm", "double": asked}))) == believed
 
 
 def test_numbers_without_a_name_are_not_believed_of_a_double():
     found = Measurements.model_validate({"model": {"weight_bytes": 1}})
-    assert list(_double_misfits(found, {"double": "x"}))
-    assert not list(_double_misfits(found, {"double": None}))
-    assert not list(_double_misfits(Measurements(), {"double": "x"})), "nothing was measured"
+    assert list(_mark_misfits(found, {"kind": "tensorrt_llm", "double": "x"}))
+    assert not list(_mark_misfits(found, {"kind": "tensorrt_llm", "double": None}))
+    assert not list(_mark_misfits(Measurements(), {"kind": "tensorrt_llm", "double": "x"})), (
+        "nothing was measured"
+    )

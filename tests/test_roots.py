@@ -164,7 +164,7 @@ def test_the_option_on_the_command_line(tmp_path, away, words):
     lacking = 3 if words[-1] == "doctor" else 0  # it is no rootfs: a plan says so and is a plan all the same
     for allow, code in ([], EXIT_BAD_INPUT), (["--allow-root", str(away)], lacking):
         done = subprocess.run(
-            [sys.executable, *words, str(yaml), *allow], capture_output=True, text=True, check=False, timeout=120,
+            [sys.executable, *words, str(yaml), *allow], capture_output=True, text=True, check=False, timeout=600,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
@@ -173,7 +173,10 @@ def test_the_option_on_the_command_line(tmp_path, away, words):
 
 
 TEXT_KEYS = {  # every key of a YAML whose value is free text, and what it is
-    "arms.*.environment.rootfs": "folder", "model.path": "folder", "engine.double": "folder",
+    "arms.*.environment.rootfs": "folder", "model.path": "folder", "engine.double": "folder", "search.target.pilot": "folder",
+    "engine.landscape.file": "file", "engine.landscape.function": "a function's name",
+    **dict.fromkeys(("search.space.further.*", "search.space.further.*.*"), "no path: test_knobs.py"),
+    **dict.fromkeys(("search.space.further.*.low", "search.space.further.*.high"), "size or duration"),
     "arms.*.environment.python": "inside the guest", "arms.*.environment.image": "name",
     "arms.*.environment.cpuset_cpus": "docker's", "arms.*.environment.cgroup_parent": "docker's",
     "arms.*.environment.cap_add.*": "docker's", "arms.*.environment.cap_drop.*": "docker's",

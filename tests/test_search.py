@@ -5,15 +5,16 @@ from pathlib import Path
 import optuna
 import pytest
 
-from spark_ray import experiment
+from spark_ray import search_spec
 from spark_ray.errors import RunError, UnavailableError
-from spark_ray.search import Abandoned, Proposal, Search, design, problems
+from spark_ray.search import Abandoned, Proposal, Search, cost, design, problems
+from spark_ray.search.space import axes, measured
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="the gp sampler needs torch"
 )
 GP = pytest.param("gp", marks=needs_torch)
-SAMPLERS = ["grid", "random", "qmc", "tpe", GP]
+SAMPLERS = ["grid", "random", "qmc", "tpe", GP, "map"]
 SPACE = {
     "max_batch_size": {"low": 1, "high": 256, "log": True, "levels": 4},
     "max_num_tokens": {"low": 64, "high": 8192, "levels": 3},
@@ -25,7 +26,7 @@ FULL = {"native": -1.0, "docker": 1.0}
 
 
 def plan(sampler="random", space=SPACE, **more):
-    return experiment.Search.model_validate({"sampler": sampler, "space": space, **more})
+    return search_spec.Search.model_validate({"sampler": sampler, "space": space, **more})
 
 
 def open_search(folder: Path, search=None, seed=7):
@@ -45,7 +46,9 @@ def draw(folder, search, count, seed=7):
     for _ in range(count):
         proposal = study.ask()
         drawn.append(proposal.configuration)
-        study.tell(proposal.study_trial, contrast=-proposal.configuration["memory_fraction"], constraints=OK)
+        fraction = proposal.configuration["memory_fraction"]
+        kv = {"kv_baseline_bytes": 10**10, "kv_against_bytes": round(10**10 * (1 + fraction))}
+        study.tell(proposal.study_trial, contrast=-fraction, constraints=OK, attributes=kv)
     return drawn
 
 
@@ -61,7 +64,7 @@ def test_asks_within_bounds_and_by_seed(sampler, tmp_path):
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder in folders:
         folder.mkdir()
-    asks = 14 if sampler == "gp" else 30  # a gp ask takes up to a second once ten are told
+    asks = 14 if sampler in {"gp", "map"} else 30  # their asks take longer, the more are told
     first = draw(folders[0], plan(sampler), asks)
     for configuration in first:
         assert list(configuration) == list(SPACE)
@@ -69,12 +72,13 @@ def test_asks_within_bounds_and_by_seed(sampler, tmp_path):
         assert all(
             SPACE[name]["low"] <= value <= SPACE[name]["high"] for name, value in configuration.items()
         )
-    assert len({point(configuration) for configuration in first}) == asks
+    if sampler != "map":  # which measures again what it doubts
+        assert len({point(configuration) for configuration in first}) == asks
     assert draw(folders[1], plan(sampler), 12) == first[:12]
     assert draw(folders[2], plan(sampler), 1, seed=8) != first[:1]
 
 
-@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", GP])
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", GP, "map"])
 def test_a_restart_changes_nothing(sampler, tmp_path):
     for name in ("whole", "restarted"):
         (tmp_path / name).mkdir()
@@ -94,10 +98,11 @@ def test_lists_and_fixed_values(sampler, tmp_path):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_single_configuration(sampler, tmp_path):
     fixed = {"max_batch_size": 8, "max_num_tokens": {"low": 64, "high": 64}, "memory_fraction": [0.5]}
-    study = open_search(tmp_path, plan(sampler, fixed, repetitions=2))
+    again = 0 if sampler == "map" else 1  # it has no repetitions: it asks for the same configuration anew
+    study = open_search(tmp_path, plan(sampler, fixed, repetitions=1 + again))
     proposals = [study.ask(), study.ask()]
     expected = {"max_batch_size": 8, "max_num_tokens": 64, "memory_fraction": 0.5}
-    assert proposals == [Proposal(0, expected, 0), Proposal(1, expected, 1)]
+    assert proposals == [Proposal(0, expected, 0), Proposal(1, expected, again)]
     if sampler == "grid":
         assert study.ask() is None
 
@@ -118,9 +123,85 @@ def test_design_is_what_is_asked(tmp_path):
     assert design(plan("tpe"), 7) is None
 
 
-def test_asking_ahead_of_results(tmp_path):
-    study = open_search(tmp_path, plan("tpe"))
+@pytest.mark.parametrize("sampler", ["tpe", "map"])
+def test_asking_ahead_of_results(sampler, tmp_path):
+    study = open_search(tmp_path, plan(sampler))
     assert len({point(study.ask().configuration) for _ in range(20)}) == 20
+
+
+def test_a_map_asks_for_nothing_that_is_under_way_or_was_given_up(tmp_path):
+    study, under_way, given_up = open_search(tmp_path, plan("map")), [], []
+    for number in range(24):
+        proposal = study.ask()
+        assert point(proposal.configuration) not in {point(each.configuration) for each in under_way}
+        assert point(proposal.configuration) not in given_up
+        under_way.append(proposal)
+        if len(under_way) == 4:
+            ended = under_way.pop(number % 4)
+            if number % 5 == 0:
+                study.abandon(ended.study_trial, "a compared arm failed")
+                given_up.append(point(ended.configuration))
+            else:
+                tokens = ended.configuration["max_num_tokens"]
+                kv = {"kv_baseline_bytes": 10**10, "kv_against_bytes": 10**10 - tokens * 10**5}
+                study.tell(ended.study_trial, contrast=tokens / 10**5, constraints=OK, attributes=kv)
+    assert len(given_up) >= 3
+
+
+def test_what_a_target_cannot_be_is_said_plainly():
+    for sampler, target, words in (
+        ("qmc", {"precision": 0.01}, "target.precision needs sampler map"),
+        ("tpe", {"kind": "optimum"}, "target.kind needs sampler map"),
+        ("map", {"objective": "throughput"}, "goes with kind optimum"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan(sampler, target=target)
+    with pytest.raises(ValueError, match="leave repetitions out"):
+        plan("map", repetitions=2)
+    assert plan("qmc", target={"margin": 0.1}).target.margin == 0.1
+    search = plan("grid")
+    assert search_spec.Search.model_validate_json(search.model_dump_json()) == search
+
+
+def test_what_a_block_takes_is_learned_from_those_before():
+    cube = axes(plan(space=SPACE).space).cube
+    points = cube.configurations(cube.filling(20, 1))
+    took = [60 * (1 + each["memory_fraction"]) for each in points]
+    assert cost.learn(cube, points[:7], took[:7]) is None
+    seconds = cost.learn(cube, points, took)
+    assert [seconds(each) for each in points] == pytest.approx(took, rel=0.15)
+    assert cost.learn(cube, points[:8], [0.0] * 8)(points[0]) > 0
+
+
+def test_throughput_takes_the_place_of_capacity():
+    target = search_spec.Target(kind="optimum", objective="throughput")
+    rates = {"throughput_baseline_tokens_per_s": 90.0, "throughput_against_tokens_per_s": 80.0}
+    both = {"kv_baseline_bytes": 5, "kv_against_bytes": 4, "kv_against_capped": "engine.kv_cache"}
+    assert measured(target, both | rates) == ((90.0, 80.0), (False, False))
+    assert measured(target, both) is None, "nothing was served"
+    rates.pop("throughput_against_tokens_per_s")
+    assert measured(target, both | rates | {"kv_against_bytes": None}) == ((90.0, None), (False, False))
+    assert measured(search_spec.Target(), both) == ((5, 4), (False, True))
+    assert measured(search_spec.Target(), {}) is None
+
+
+def test_a_map_of_throughput_knows_no_law(tmp_path):
+    target = {"kind": "optimum", "objective": "throughput"}
+    study = open_search(tmp_path, plan("map", target=target))
+    for _ in range(10):
+        proposal = study.ask()
+        rate = 50.0 + proposal.configuration["max_batch_size"]
+        told = {"throughput_baseline_tokens_per_s": rate, "throughput_against_tokens_per_s": rate - 2}
+        kv = {"kv_baseline_bytes": 10**10, "kv_against_bytes": 10**10}
+        study.tell(proposal.study_trial, contrast=0.0, constraints=OK, attributes=kv | told)
+    assert study.ask().configuration["max_batch_size"] > 40, "where most is to be had"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_step_holds_a_token_of_each_sequence(sampler, tmp_path):
+    tight = SPACE | {"max_num_tokens": {"low": 16, "high": 300, "levels": 3}}
+    for configuration in draw(tmp_path, plan(sampler, tight), 14):
+        assert configuration["max_batch_size"] <= configuration["max_num_tokens"] <= 300
 
 
 def test_gp_without_torch(tmp_path, monkeypatch):
@@ -140,7 +221,9 @@ def test_grid_levels():
     points = list(design(plan("grid"), 0))
     assert len({point(p) for p in points}) == len(points) == 4 * 3 * 3
     assert {p["max_batch_size"] for p in points} == {1, 6, 40, 256}
-    assert {p["max_num_tokens"] for p in points} == {64, 4128, 8192}
+    assert {p["max_num_tokens"] for p in points} == {64, 256, 4128, 8192}, (
+        "256 in place of 64, with batch 256"
+    )
     assert {p["memory_fraction"] for p in points} == {0.2, 0.55, 0.9}
     assert points != sorted(points, key=point)
 
@@ -155,7 +238,8 @@ def test_grid_levels():
     ],
 )
 def test_grid_levels_of_one_axis(axis, levels):
-    points = list(design(plan("grid", SMALL | {"max_num_tokens": axis, "memory_fraction": 0.5}), 0))
+    space = {"max_batch_size": 1, "max_num_tokens": axis, "memory_fraction": [0.3, 0.5, 0.7]}
+    points = list(design(plan("grid", space), 0))
     assert {p["max_num_tokens"] for p in points} == levels
     assert len(points) == 3 * len(levels)
 
@@ -169,7 +253,7 @@ def test_grid_covers_once_over_restarts(tmp_path):
     assert set(asked) == {point(p) for p in design(plan("grid", SMALL), 7)}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [each for each in SAMPLERS if each != "map"])
 def test_repetitions(sampler, tmp_path):
     study = open_search(tmp_path, plan(sampler, repetitions=3))
     proposals = [study.ask() for _ in range(9)]
@@ -264,3 +348,15 @@ def test_tpe_avoids_an_infeasible_half(tmp_path):
 @needs_torch
 def test_gp_avoids_an_infeasible_half(tmp_path):
     assert infeasible_share(tmp_path / "told", "gp", 0, 24) < 0.3  # 0.5 and more if it did not see them
+
+
+def test_a_study_says_to_people_what_its_values_are(tmp_path):
+    for _ in range(2):
+        Search(
+            plan(), seed=7, journal=tmp_path / "study.journal", name="test",
+            about={"contrast": "1 - KV(docker) / KV(native)"}, mark="SIMULATED",
+        )  # fmt: skip
+    study = open_search(tmp_path)._study
+    assert study.user_attrs == {"contrast": "1 - KV(docker) / KV(native)"}
+    journal = (tmp_path / "study.journal").read_text()
+    assert journal.count("SIMULATED |contrast|") == 1

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ray import experiment
+from spark_ray import search_spec
 from spark_ray.errors import RunError
 from spark_ray.search import Abandoned, Proposal, Search, Told, design
 from spark_ray.search.journal import drop_torn_tail
@@ -31,7 +31,7 @@ FULL = {"native": -1.0, "docker": 1.0}
 
 
 def plan(sampler="random", space=SPACE, **more):
-    return experiment.Search.model_validate({"sampler": sampler, "space": space, **more})
+    return search_spec.Search.model_validate({"sampler": sampler, "space": space, **more})
 
 
 def open_search(folder: Path, search=None, seed=7):
@@ -163,7 +163,7 @@ def crash_between(journal: Path, before: int, cut: float) -> None:
     os.truncate(journal, before + round((size - before) * cut))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sampler=st.sampled_from(["grid", "random", "qmc", "tpe"]),
     repetitions=st.integers(1, 2),
@@ -234,13 +234,75 @@ def test_no_kill_loses_or_doubles_a_block(sampler, repetitions, steps):
             assert sorted(cells) == sorted(itertools.product(points, range(repetitions)))
 
 
+LINE = {
+    "max_batch_size": 8,
+    "max_num_tokens": {"low": 256, "high": 32768, "log": True},
+    "memory_fraction": 0.8,
+}
+
+
+def told_of_a_line(proposal):
+    """A law without noise; further out, the other arm has nothing."""
+    tokens = proposal.configuration["max_num_tokens"]
+    sizes = 40 * 2**30 - tokens * 2**19, 39 * 2**30 - tokens * 2**20
+    told = {
+        "kv_baseline_bytes": sizes[0],
+        "kv_against_bytes": sizes[1] if tokens < 20_000 else None,
+        "block_s": 30.0,
+    }
+    return Told(1 - sizes[1] / sizes[0], OK, told) if tokens < 20_000 else Told(None, FULL, told)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    study, found = open_search(tmp_path_factory.mktemp("map"), plan("map", LINE)), []
+    for _ in range(11):
+        found.append(study.ask())
+        told = told_of_a_line(found[-1])
+        study.tell(found[-1].study_trial, **vars(told))
+    return [each.configuration for each in found]
+
+
+@settings(max_examples=4)
+@given(
+    kills=st.dictionaries(
+        st.tuples(st.integers(3, 10), st.sampled_from(["ask", "tell"])), st.floats(0, 1), min_size=1
+    )
+)
+def test_a_map_that_is_killed_asks_what_it_would_have_asked(uninterrupted, kills):
+    finished, asked = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder) / "study.journal"
+        study = open_search(folder, plan("map", LINE))
+
+        def killed(index, inside, before):
+            if (index, inside) not in kills:
+                return study
+            crash_between(journal, before, kills[index, inside])
+            again = open_search(folder, plan("map", LINE))
+            again.recover(finished)
+            return again
+
+        for index in range(len(uninterrupted)):
+            before = journal.stat().st_size
+            proposal = study.ask()
+            if (again := killed(index, "ask", before)) is not study:
+                study, proposal = again, again.ask()
+            before = journal.stat().st_size
+            finished[proposal.study_trial] = told_of_a_line(proposal)
+            study.tell(proposal.study_trial, **vars(finished[proposal.study_trial]))
+            study = killed(index, "tell", before)
+            asked.append(proposal.configuration)
+    assert asked == uninterrupted
+
+
 GUEST = """
 import sys
 from pathlib import Path
-from spark_ray import experiment
+from spark_ray import search_spec
 from spark_ray.search import Search, Told
 folder, asked = Path(sys.argv[1]), Path(sys.argv[1]) / "asked"
-search = experiment.Search.model_validate_json(sys.argv[2])
+search = search_spec.Search.model_validate_json(sys.argv[2])
 study = Search(search, seed=7, journal=folder / "study.journal", name="test")
 done = [int(line) for line in (asked.read_text().splitlines() if asked.exists() else [])]
 study.recover({number: Told(0.5, {}) for number in done})

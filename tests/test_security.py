@@ -357,7 +357,7 @@ def test_a_local_ray_asks_for_its_token_and_shows_its_dashboard_to_this_machine_
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=600,
         )
         assert _status(url, token.stdout.split()[-1]) == 200
         assert "Failed to connect" in stranger.communicate(timeout=100)[1], (

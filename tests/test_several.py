@@ -177,7 +177,7 @@ def test_an_interrupt_stops_all_and_resume_finishes(tmp_path):
     )  # fmt: skip
     assert wait_until(lambda: guests_of(night / "one"), 30)
     driver.send_signal(signal.SIGINT)
-    out, err = driver.communicate(timeout=60)
+    out, err = driver.communicate(timeout=600)
     assert driver.returncode == 130, err
     assert "not finished: one, two" in out
     assert not guests_of(night)

@@ -227,7 +227,7 @@ Number of tokens per block: {engine['block']}.
 """  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(engines())
 def test_whatever_is_rounded_away_the_pool_is_within_the_interval_and_the_terms_agree(engine):
     tokens, text = printed(engine)

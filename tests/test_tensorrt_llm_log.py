@@ -279,20 +279,20 @@ LINES = sorted({line for text in GOLDEN.values() for line in text.splitlines() i
 noise = st.text(st.characters(codec="utf-8"), max_size=40).map(lambda text: re.sub(r"\s", " ", text))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=300))
 def test_any_text_is_read_without_an_error(text):
     assert parse(text) == Log()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.one_of(st.sampled_from(LINES), noise, st.integers(0, 10**30).map(str)), max_size=25), st.sampled_from(["\n", "", "\r\n", " "]))  # fmt: skip
 def test_lines_in_any_order_with_any_noise_say_only_what_was_printed(lines, separator):
     text = separator.join(lines)
     assert set(numbers(parse(text))) <= printed(text)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.sampled_from(sorted(GOLDEN)), st.floats(0, 1), st.floats(0, 1))
 def test_a_log_that_was_cut_says_nothing_that_the_whole_does_not(name, start, end):
     text = GOLDEN[name]
@@ -323,7 +323,7 @@ def test_a_peak_line_that_was_torn_takes_nothing_from_the_one_before():
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_noise_between_the_lines_changes_nothing(data):
     name = data.draw(st.sampled_from(sorted(set(EXPECTED) - {"oom"})))
@@ -381,7 +381,7 @@ Number of tokens per block: {engine['tokens_per_block']}.
 """  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(engines())
 def test_a_log_that_is_printed_is_read_back(engine):
     generation = engine["generation"]

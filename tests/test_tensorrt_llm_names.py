@@ -132,7 +132,7 @@ def double(request):
         env={"PYTHONPATH": str(DOUBLE), "TLLM_DOUBLE_VERSION": request.param, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=True,
     )
     return SURFACES[request.param], json.loads(shown.stdout.splitlines()[-1])

@@ -81,7 +81,7 @@ PROGRAM = f"""    settings = talk.engine
         os.environ["STANDIN_SPAWN"] = {MPI + SPAWN!r}
         two = ["mpirun.openmpi", "--oversubscribe", "-n", "2", sys.executable, "-c", {MPI + RANK!r}]
         for command in (two, [sys.executable, "-c", os.environ["STANDIN_SPAWN"]]):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
             print(done.stdout, done.stderr, "status", done.returncode, sep="\\n")
 """
 
@@ -127,10 +127,10 @@ def add_openmpi(tree, cache):
         if package.name.startswith(("libc6_", "dpkg_", "perl", "libicu")):
             continue  # the tree has its own, or nothing of the test needs it
         out = subprocess.run(
-            ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, timeout=60, check=True
+            ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, timeout=600, check=True
         ).stdout
         into = ["tar", "-x", "--keep-directory-symlink", "-C", str(tree)]
-        subprocess.run(into, input=out, timeout=60, check=True)
+        subprocess.run(into, input=out, timeout=600, check=True)
     return None
 
 

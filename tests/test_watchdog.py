@@ -136,7 +136,7 @@ def test_it_ends_with_its_driver():
         "import os, signal; from spark_ray.watchdog import Watchdog; one = Watchdog(); one.guard(0, []);"
         "print(one.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=600)
     assert done.returncode == -signal.SIGKILL
     assert wait_until(lambda: not alive(int(done.stdout)))
 
@@ -227,7 +227,7 @@ def test_it_kills_while_the_driver_is_stopped_and_the_run_ends_with_exit_code_5(
         assert not list(folder.glob("trials/*/1/record.json"))
     finally:
         os.kill(driver.pid, signal.SIGCONT)
-        output = driver.communicate(timeout=120)[0]
+        output = driver.communicate(timeout=600)[0]
     assert driver.returncode == 5, output
     (record,) = Store.read(folder).records()
     assert_the_watchdog_did_it(record)

@@ -276,7 +276,7 @@ def small_llama(folder):
 def test_streaming_takes_each_token_as_it_comes(tmp_path):
     model = small_llama(tmp_path / "model")
     done = subprocess.run(
-        [sys.executable, "-c", STREAMED, str(model)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", STREAMED, str(model)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     found = Measurements.model_validate_json(done.stdout.splitlines()[-1].encode())

@@ -14,7 +14,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from analysis import reading
 from analysis.attribution import TERMS
-from analysis.columns import SAMPLES, columns
+from analysis.columns import MAP, SAMPLES, columns
 from spark_ray import errors
 from spark_ray.cluster import CLUSTER_KEYS
 from spark_ray.experiment import Experiment
@@ -117,6 +117,10 @@ def sample_columns() -> Lines:
     yield from _table(("Column", "Meaning"), [(f"`{name}`", _prose(text)) for name, text in SAMPLES.items()])
 
 
+def map_columns() -> Lines:
+    yield from _table(("Column", "Meaning"), [(f"`{name}`", _prose(text)) for name, text in MAP.items()])
+
+
 def terms() -> Lines:
     yield from _table(("Term", "Memory"), [(f"`{name}`", text) for name, text in TERMS.items()])
 
@@ -137,6 +141,7 @@ PARTS: dict[str, Callable[[], Lines]] = {
     "record-fields": record_fields,
     "table-columns": table_columns,
     "sample-columns": sample_columns,
+    "map-columns": map_columns,
     "terms": terms,
     "exit-codes": exit_codes,
 }

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from .. import experiment
+from .. import search_spec
 from ..errors import RunError, UnavailableError
-from ..experiment import Configuration
+from ..search_spec import Configuration
+from ..told import Told
 from .journal import open_journal
 from .space import adaptive, configuration, design, distributions
 
@@ -47,22 +49,13 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the records of a complete block say; see `Search.tell`."""
-
-    contrast: float | None
-    constraints: Mapping[str, float]
-    attributes: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Abandoned:
     """A block given up, and why."""
 
     reason: str
 
 
-def problems(search: experiment.Search) -> list[str]:
+def problems(search: search_spec.Search) -> list[str]:
     """What is missing here for this search."""
     if search.sampler == "gp" and importlib.util.find_spec("torch") is None:
         return ["the gp sampler needs torch, which is not installed"]
@@ -72,7 +65,17 @@ def problems(search: experiment.Search) -> list[str]:
 class Search:
     """One study in one journal. For one process at a time, and one thread of it."""
 
-    def __init__(self, search: experiment.Search, *, seed: int, journal: Path, name: str) -> None:
+    def __init__(
+        self,
+        search: search_spec.Search,
+        *,
+        seed: int,
+        journal: Path,
+        name: str,
+        about: Mapping[str, str] = {},
+        mark: str = "",
+    ) -> None:
+        """`about` and `mark` are for people who open the study in Optuna's dashboard: attributes of it, and what its values are."""
         if found := problems(search):
             raise UnavailableError(found[0], mend=GP_MEND)
         self._search = search
@@ -83,6 +86,7 @@ class Search:
         self._storage = open_journal(journal)
         self._study = _create_or_load(self._storage, name)
         self._study_id = self._storage.get_study_id_from_name(name)
+        self._describe(about, f"{mark} |contrast|".lstrip())
 
     def ask(self) -> Proposal | None:
         """The next block: an interrupted one first, then the next repetition, then a new configuration.
@@ -199,6 +203,16 @@ class Search:
 
     # ---- inside -------------------------------------------------------------------------------------------
 
+    def _describe(self, about: Mapping[str, str], value: str) -> None:
+        if self._study.metric_names != [value]:
+            with warnings.catch_warnings(
+                action="ignore", category=optuna.exceptions.ExperimentalWarning
+            ):  # a name that is lost, or changes its form, changes nothing here
+                self._study.set_metric_names([value])
+        for key, text in about.items():
+            if self._study.user_attrs.get(key) != text:
+                self._study.set_user_attr(key, text)
+
     def _blocks(self) -> dict[int, FrozenTrial]:
         """The latest study trial of each block, by the number that names the block, in the order of asking."""
         blocks: dict[int, FrozenTrial] = {}
@@ -211,10 +225,8 @@ class Search:
 
     def _draw(self, index: int) -> Configuration | None:
         if self._design is None:
-            seen = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-            return adaptive(
-                self._search, self._seed, index, self._study.get_trials(deepcopy=False, states=seen)
-            )
+            # In the order of the blocks, not of their latest study trials: a run that is resumed asks what it would have.
+            return adaptive(self._search, self._seed, index, list(self._blocks().values()))
         while len(self._planned) <= index:
             if (point := next(self._design, None)) is None:
                 return None

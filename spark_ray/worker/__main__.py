@@ -15,6 +15,7 @@ ENGINES = {
     "embedded": "engine_embedded",
     "probe": "engine_probe",
     "tensorrt_llm": "engine_tensorrt_llm",
+    "simulated": "engine_simulated",
     "fake": "engine_fake",
 }
 

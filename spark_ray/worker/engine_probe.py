@@ -78,7 +78,7 @@ def _blocks(available_bytes: int, settings: dict[str, Any]) -> int:
 
 
 def run(talk: Session, measurements: dict[str, Any]) -> None:
-    """Hold the weights, touch the transient, size, take the pool: the memory of one engine's start, once."""
+    """Hold the weights, touch the transient, hold the graphs, size, take the pool: the memory of one engine's start, once."""
     settings = talk.engine
     measurements["engine"] = {
         "name": NAME,
@@ -92,6 +92,9 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
     measurements["model"] = {"weight_bytes": settings["weights"]}
     talk.phase("after_load")
     transient = _profile(talk)
+    graphs = _touched(
+        settings["graphs_per_sequence"] * int(talk.configuration["max_batch_size"]), "what graphs hold"
+    )
     talk.phase("sizing")
     pool = sizing.size_pool(
         _read_view(settings["memory_view"]), transient, talk.configuration["memory_fraction"]
@@ -117,6 +120,6 @@ def run(talk: Session, measurements: dict[str, Any]) -> None:
         measurements["kv_cache"]["tensor_bytes"] = len(held)
     talk.phase("after_kv")
     talk.phase("end")
-    for block in (held, weights):
+    for block in (held, graphs, weights):
         if block is not None:
             block.close()

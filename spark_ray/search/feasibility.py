@@ -1,0 +1,170 @@
+"""How probably an arm has any capacity at a configuration.
+
+Two causes of failure, told apart by whether the predicted capacity explains it. An engine refuses to start below its *least
+capacity*, one sequence of the longest length: an unknown level, between what failed and what worked. And it may fail at a
+*cliff* of another kind (a kernel's limit, a container's), with plenty of memory. As long as every failure is explained
+there is no cliff.
+
+A cliff is where a latent value is 0: linear over the cube, as a limit is on one knob or on a product of several, or also in
+the predicted capacity, as the limit of a container is on all that is held in it; and bent as little as the blocks allow. A block says only on which side it is, which is one-sided information as that of a cap
+(`one_sided`); so where a few blocks have the cliff between them, its place far away is known too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_ndtr, ndtr
+
+from .cube import Floats
+from .mixture import Moments, one_sided
+from .process import JITTER, Hyperparameters, Inputs, MapKernel, Process
+
+Mask = NDArray[np.bool_]
+Bends = tuple[tuple[float, Hyperparameters], ...]
+
+BENDS = (0.05, 0.2, 1.0)
+"""Standard deviations of a cliff's latent value around a plane; a plane's own is 1 for each axis, and so for 0.3 of its range."""
+BEND_LENGTH = 0.5
+SHARPNESS = 0.03
+"""Within how much of the latent value a cliff may go either way."""
+MOST_BENDS = 3
+AXES_FAVOUR = 1.5
+"""Natural log of the odds for a cliff along the axes alone, before the first block."""
+PASSES = 12
+DAMPING = 0.6
+LEVELS = 48
+DECADES = 3
+"""Before any failure, one sequence may be as little as a thousandth of the least capacity that worked."""
+MISTAKE = 0.02
+UNEXPLAINED = 0.05
+CAUSES = 3
+"""How often failures are told apart: what lies behind a cliff says nothing of the least capacity, and the other way round."""
+
+
+@dataclass(frozen=True)
+class Feasibility:
+    level_bytes: Floats
+    weights: Floats
+    bends: Bends
+    """How a cliff may be bent, each with its weight; none without a cliff."""
+    cliffs: tuple[Process, ...]
+    """Of a latent value that is positive where the arm works, each with a bend, the best first."""
+
+    @classmethod
+    def fit(
+        cls, inputs: Inputs, failed: Mask, least_bytes: float, mean_bytes: Floats, sd_bytes: Floats,
+        learned: Bends,
+    ) -> Feasibility:  # fmt: skip
+        """From blocks: mean and sd are what is predicted for them, noise included."""
+        level_bytes = least_bytes * np.logspace(-DECADES, 0, LEVELS)
+        below = ndtr((level_bytes[:, None] - mean_bytes[failed]) / np.maximum(sd_bytes[failed], 1.0))
+        otherwise = np.full(below.shape[1], MISTAKE)
+        found = cls(level_bytes, _weights(below, otherwise), (), ())
+        unexplained = np.zeros(len(failed), dtype=bool)
+        for _ in range(CAUSES):
+            before, unexplained = unexplained, unexplained.copy()
+            unexplained[failed] = found.weights @ below < UNEXPLAINED
+            if (unexplained == before).all():
+                break
+            says = ~failed | unexplained
+            sides = np.where(unexplained, -1.0, 1.0)[says]
+            bends = learned or _weighed(inputs[says], sides)
+            found = replace(
+                found, bends=bends, cliffs=tuple(_settled(each, inputs[says], sides) for _, each in bends)
+            )
+            otherwise = np.maximum(1 - found._beside_cliff(inputs[failed]), MISTAKE)
+            found = replace(found, weights=_weights(below, otherwise))
+        return found
+
+    @property
+    def level(self) -> tuple[float, float]:
+        """Mean and standard deviation of the least capacity, bytes."""
+        mean = float(self.weights @ self.level_bytes)
+        return mean, float(np.sqrt(self.weights @ (self.level_bytes - mean) ** 2))
+
+    def chances(self, inputs: Inputs, mean_bytes: Floats, sd_bytes: Floats) -> tuple[Floats, Floats]:
+        """That the capacity is enough, and that no cliff forbids it."""
+        enough = ndtr((mean_bytes[:, None] - self.level_bytes) / np.maximum(sd_bytes, 1.0)[:, None])
+        level = np.minimum(enough @ self.weights, 1.0)  # weights add up to 1 but for rounding
+        return level, self._beside_cliff(inputs)
+
+    def _beside_cliff(self, inputs: Inputs) -> Floats:
+        """The chance that no cliff forbids it."""
+        if self.cliff is None:
+            return np.ones(len(inputs))
+        chances = [ndtr(np.divide(*_latent(each, inputs))) for each in self.cliffs]
+        return np.asarray(np.average(chances, axis=0, weights=[weight for weight, _ in self.bends]))
+
+    @property
+    def cliff(self) -> Process | None:
+        """The one under which blocks predict each other best; None: no failure needs one."""
+        return self.cliffs[0] if self.cliffs else None
+
+    def latent(self, inputs: Inputs) -> tuple[Floats, Floats]:
+        assert self.cliff  # noqa: S101
+        return _latent(self.cliff, inputs)
+
+    def told(self, inputs: Inputs) -> Floats:
+        """How much of what a measured value would tell of the cliff, its side tells: little where that is foreseen."""
+        mean, sd = self.latent(inputs)
+        away = mean / sd
+        return np.asarray(np.exp(-(away**2) - log_ndtr(away) - log_ndtr(-away)) / (2 * np.pi))
+
+
+def _weights(below: Floats, otherwise: Floats) -> Floats:
+    """Of each level, by how well it explains the failures (levels, failed), each of which may `otherwise` have another cause."""
+    likelihood = np.log(otherwise + (1 - otherwise) * below).sum(axis=1)
+    weights = np.exp(likelihood - likelihood.max())
+    return np.asarray(weights / weights.sum())
+
+
+def _latent(cliff: Process, inputs: Inputs) -> tuple[Floats, Floats]:
+    mean, variance = cliff.predict(inputs)
+    return mean, np.sqrt(variance + cliff.noise_variance)
+
+
+def _weighed(inputs: Inputs, sides: Floats) -> Bends:
+    """Those under which blocks predict each other best, by how well they do."""
+    tried = _bends(inputs)
+    evidence = np.array([favour + _evidence(_settled(each, inputs, sides), sides) for favour, each in tried])
+    best = np.argsort(-evidence, kind="stable")[:MOST_BENDS]
+    weights = np.exp(evidence[best] - evidence.max())
+    return tuple((float(w), tried[place][1]) for w, place in zip(weights / weights.sum(), best, strict=True))
+
+
+def _bends(inputs: Inputs) -> list[tuple[float, Hyperparameters]]:
+    """Along the axes (and the constant), along the capacity (and the constant), and along all; each with its favour."""
+    axes = inputs.cube.shape[1]
+    along = ((AXES_FAVOUR, slice(axes, -3)), (0.0, slice(-4, -2)), (0.0, slice(axes, -2)))
+    lengths = (BEND_LENGTH,) * axes
+    return [
+        (favour, Hyperparameters(MapKernel(slice(axes, axes), columns, (1.0, bend**2, JITTER, SHARPNESS**2), lengths), 0.0, 1.0))
+        for favour, columns in along
+        for bend in BENDS
+    ]  # fmt: skip
+
+
+def _settled(hyper: Hyperparameters, inputs: Inputs, sides: Floats) -> Process:
+    """Expectation propagation, all sides at once."""
+    precision, shift = np.zeros(len(sides)), np.zeros(len(sides))
+    for _ in range(PASSES):
+        process = _process(hyper, inputs, precision, shift)
+        said = Moments.of(process)
+        mean, variance = one_sided(0.0, sides, said.mean, said.function, hyper.noise_variance)
+        own = 1 / (variance + hyper.noise_variance)
+        precision += DAMPING * (own - precision)
+        shift += DAMPING * (own * mean - shift)
+    return _process(hyper, inputs, precision, shift)
+
+
+def _process(hyper: Hyperparameters, inputs: Inputs, precision: Floats, shift: Floats) -> Process:
+    known = np.maximum(precision, 1e-6)
+    return Process(hyper, inputs, shift / known, 1 / known / hyper.noise_variance)
+
+
+def _evidence(process: Process, sides: Floats) -> float:
+    said = Moments.of(process)
+    return float(log_ndtr(sides * said.mean / np.sqrt(said.function + said.noise)).sum())

@@ -1,0 +1,391 @@
+"""Two arms as two processes that know nothing of each other: what they have in common, and their difference.
+
+A block measures both arms under the same conditions, so what disturbs both is in their mean and not in their difference.
+With the same noise in both arms the noise of mean and difference is uncorrelated. Each family of laws has its own scale:
+
+    a law    z = KV / gain, where the noise is even
+    none     z = log KV
+
+    common = (z_a + z_b) / 2      difference = z_a - z_b
+
+Not every arm of a block has a number. One at a cap has *at least* the cap and one that failed *less than* what ever worked:
+one-sided information, which enters as the Gaussian of the same effect (expectation propagation with a probit site, Minka 2001).
+An arm without any is filled in from the other and what is known of the difference. A block that all the others contradict
+counts less, by a multiple of its noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import law
+from .cube import Cube, Floats
+from .mixture import UNKNOWN, Mixture, Moments, one_sided
+from .process import Hyperparameters, Inputs, Prior, Process
+
+Mask = NDArray[np.bool_]
+Family = law.Family | None
+
+SMOOTH = (
+    Prior(doubtful=0.1, residual=0.05, noise=0.1, drift=0.05),
+    Prior(doubtful=0.3, residual=0.3, noise=0.7),
+)
+"""Under a law, of common and difference; then of what no law foresees within a small part of the space: a step, a bump."""
+ROUGH = (
+    Prior(doubtful=0.1, residual=0.3, noise=0.1, drift=0.05, length=0.2),
+    Prior(doubtful=0.3, residual=1.0, noise=0.3, length=0.2),
+)
+PLAIN = (Prior(doubtful=0.5, residual=1.0, noise=0.1), Prior(doubtful=0.5, residual=1.0, noise=0.4))
+PLAIN_ROUGH = tuple(replace(prior, length=0.2) for prior in PLAIN)
+STEP_LENGTH = 0.08
+"""On a line there are soon enough blocks to see a step."""
+SMOOTH_FAVOUR = 2.0
+"""Natural log of the odds for a smooth residual against a rough one, before the first block."""
+PASSES = 3
+NEGLIGIBLE = 0.05
+"""The weight below which a process is left out of a mixture."""
+ROUNDS = 2
+HOPELESS = 8.0
+"""Natural log of the odds below which a scale is given up after the first round."""
+LAW_FAVOUR = 2.0
+"""Natural log of the odds for any law against none, before the first block."""
+FEWEST_FOR_OUTLIERS = 8
+OUTLYING = 3.0
+"""Robust standard deviations from what the others predict, beyond which a block counts less."""
+MOST_NOISE = 1e6
+CLIFF = -3.0
+"""Standard deviations beyond which a failure contradicts the predicted capacity: it has another cause."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Blocks as arrays; the columns of two are the baseline and the other arm."""
+
+    raw: Floats
+    kv_bytes: Floats  # NaN: no capacity
+    capped: NDArray[np.bool_]
+
+    @property
+    def failed(self) -> Mask:
+        return np.isnan(self.kv_bytes)
+
+    @property
+    def measured(self) -> Mask:
+        return ~self.failed & ~self.capped
+
+    @property
+    def floor_bytes(self) -> Floats:
+        """The least capacity with which each arm ever worked; infinite if none did."""
+        return np.asarray(np.where(self.failed, np.inf, self.kv_bytes).min(axis=0, initial=np.inf))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A family's coordinates, over one cube."""
+
+    cube: Cube
+    family: Family
+
+    def gain(self, raw: Floats) -> Floats:
+        return np.ones(len(raw)) if self.family is None else law.gain(self.family, self._engine(raw))
+
+    def of_bytes(self, kv_bytes: Floats, raw: Floats) -> Floats:
+        if self.family is None:
+            return np.asarray(np.log(np.maximum(kv_bytes, 1.0)))
+        return np.asarray(kv_bytes / self.gain(raw)[:, None])
+
+    def bytes_of(self, z: Floats, raw: Floats) -> Floats:
+        """The last dimension of z is that of raw."""
+        return np.exp(z) if self.family is None else z * self.gain(raw)
+
+    def log_density(self, kv_bytes: Floats, raw: Floats) -> Floats:
+        """What turns a density of z into one of bytes, for two arms."""
+        if self.family is None:
+            return np.asarray(-np.log(np.maximum(kv_bytes, 1.0)).sum(axis=1))
+        return np.asarray(-2 * np.log(self.gain(raw)))
+
+    def inputs(self, raw: Floats) -> tuple[Inputs, Inputs]:
+        """For the common part and for the difference. Columns are even over the cube: mean 0, deviation 1."""
+        unit = self.cube.unit(raw)
+        of_common, of_difference, doubtful = _columns(self, raw)
+        centres, widths = _evening(self)
+        even = [
+            (columns - centre) / width
+            for columns, centre, width in zip(
+                (of_common, of_difference, doubtful), centres, widths, strict=True
+            )
+        ]
+        return Inputs(unit, even[0], even[2]), Inputs(unit, even[1], even[2])
+
+    def _engine(self, raw: Floats) -> Floats:
+        assert self.cube.engine_columns  # noqa: S101  # a family is only chosen where there are
+        return raw[:, self.cube.engine_columns]
+
+
+def _columns(scale: Scale, raw: Floats) -> tuple[Floats, Floats, Floats]:
+    if scale.family is None:
+        constant = np.ones((len(raw), 1))
+        return constant, constant, scale.cube.unit(raw)
+    engine = scale._engine(raw)
+    return (
+        law.capacity_terms(scale.family, engine),
+        law.difference_terms(scale.family, engine),
+        law.doubtful_terms(scale.family, engine),
+    )
+
+
+@lru_cache(maxsize=64)
+def _evening(scale: Scale) -> tuple[list[Floats], list[Floats]]:
+    """Centres and widths of all columns over the cube. What does not vary becomes 0; the constant stays 1."""
+    raw = np.vstack([scale.cube.filling(256, seed=0), scale.cube.corners()])
+    centres, widths = [], []
+    for place, columns in enumerate(_columns(scale, raw)):
+        centre, width = columns.mean(axis=0), columns.std(axis=0)
+        width[width < 1e-9 * (1 + np.abs(centre))] = 1.0
+        if place < 2:
+            centre[0], width[0] = 0.0, 1.0
+        centres.append(centre)
+        widths.append(width)
+    return centres, widths
+
+
+# ---- what is known of both arms of each block -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Known:
+    """z of both arms as normal: variance 0 where measured, UNKNOWN where nothing is known."""
+
+    mean: Floats
+    variance: Floats
+
+    def difference(self) -> tuple[Floats, Floats]:
+        return self.mean[:, 0] - self.mean[:, 1], self.variance.sum(axis=1)
+
+    def common(self, difference: Moments) -> tuple[Floats, Floats]:
+        """An arm that is not measured is known better through the other, if that one is."""
+        mean, variance = self.mean.copy(), self.variance.copy()
+        for arm, sign in ((0, 1.0), (1, -1.0)):
+            through = (self.variance[:, arm] > 0) & (self.variance[:, 1 - arm] == 0)
+            share = self.variance[:, arm] / (self.variance[:, arm] + difference.function)
+            told = share * (self.mean[:, 1 - arm] + sign * difference.mean) + (1 - share) * self.mean[:, arm]
+            mean[:, arm] = np.where(through, told, mean[:, arm])
+            variance[:, arm] = np.where(through, share * difference.function, variance[:, arm])
+        return mean.mean(axis=1), variance.sum(axis=1) / 4
+
+
+def log_evidence(process: Process | Mixture, complete: Mask) -> float:
+    """Log density of each complete block's value given all others, summed; a constant for each is left out."""
+    mean, variance = process.leave_one_out()
+    return -float((np.log(variance) + (process.values - mean) ** 2 / variance)[complete].sum()) / 2
+
+
+# ---- fitting ------------------------------------------------------------------------------------------------------
+
+
+Weighted = tuple[tuple[float, Hyperparameters], ...]
+
+
+def _weighted(hypers: list[Hyperparameters], evidence: Floats) -> Weighted:
+    """Weights by evidence; those with hardly any are left out."""
+    weights = np.exp(evidence - evidence.max())
+    weights /= weights.sum()
+    weights[weights < NEGLIGIBLE] = 0.0
+    weights /= weights.sum()
+    return tuple((float(weight), hyper) for weight, hyper in zip(weights, hypers, strict=True) if weight > 0)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is kept between refits."""
+
+    common: Weighted
+    difference: Weighted
+
+
+class Pair:
+    """Both processes, conditioned on all blocks."""
+
+    def __init__(
+        self, scale: Scale, raw: Floats, processes: tuple[Mixture, Mixture], complete: Mask, doubt: Floats
+    ) -> None:
+        self.scale, self.raw, (self.common, self.difference) = scale, raw, processes
+        self.complete = complete
+        """The blocks with a number of both arms."""
+        self.doubt = doubt
+        """The multiple of its noise with which a block counts."""
+
+    @classmethod
+    def condition(cls, scale: Scale, data: Data, learned: Learned) -> Pair:
+        fit = _Fit(scale, data, learned)
+        fit.settle()
+        return fit.pair()
+
+    @cached_property
+    def standardised(self) -> Floats:
+        """Leave-one-out errors of common and difference, (complete blocks, 2), in standard deviations."""
+        errors = []
+        for process in (self.common, self.difference):
+            mean, variance = process.leave_one_out()
+            errors.append(((process.values - mean) / np.sqrt(variance))[self.complete])
+        return np.column_stack(errors)
+
+    def evidence(self, data: Data) -> float:
+        """Log density of each complete block given all others, summed: of bytes, so that families can be compared."""
+        found = self.scale.log_density(data.kv_bytes[self.complete], data.raw[self.complete]).sum()
+        return float(found) + sum(
+            log_evidence(each, self.complete) for each in (self.common, self.difference)
+        )
+
+    def with_(self, raw: Floats) -> Pair:
+        """As if these were measured, each arm at its mean."""
+        of_common, of_difference = self.scale.inputs(raw)
+        return Pair(
+            self.scale,
+            np.vstack([self.raw, raw]),
+            (self.common.with_(of_common), self.difference.with_(of_difference)),
+            np.concatenate([self.complete, np.zeros(len(raw), dtype=bool)]),
+            np.concatenate([self.doubt, np.ones(len(raw))]),
+        )
+
+
+def learn(scales: Sequence[Scale], data: Data) -> tuple[Learned, Pair]:
+    """Each scale in turn; kept is the one under which the blocks predict each other best.
+
+    Hyperparameters are learned twice: the first ones tell which blocks are outliers, the second ones disregard those.
+    """
+    fits = [_Fit(scale, data) for scale in scales]
+    for _ in range(ROUNDS):
+        for fit in fits:
+            fit.learn()
+            fit.settle()
+        found = [fit.evidence() for fit in fits]
+        fits = [fit for fit, evidence in zip(fits, found, strict=True) if evidence > max(found) - HOPELESS]
+    best = max(fits, key=_Fit.evidence)
+    assert best.learned  # noqa: S101
+    return best.learned, best.pair()
+
+
+class _Fit:
+    """The loop: condition both processes, see what each block says of the others, weigh and fill in, again."""
+
+    def __init__(self, scale: Scale, data: Data, learned: Learned | None = None) -> None:
+        self.scale, self.data, self.learned = scale, data, learned
+        self.inputs = scale.inputs(data.raw)
+        z = scale.of_bytes(data.kv_bytes, data.raw)
+        self.bound = np.where(
+            data.capped, z, scale.of_bytes(np.broadcast_to(data.floor_bytes, z.shape), data.raw)
+        )
+        self.complete: Mask = np.asarray(data.measured.all(axis=1))
+        self.known = _Known(np.where(data.measured, z, 0.0), np.where(data.measured, 0.0, UNKNOWN))
+        start = np.where(self.complete[:, None], z, 0.0)[self.complete]
+        self.doubt = np.ones(len(z))
+        centre = np.median(start, axis=0)
+        self.expected = [np.full(len(z), centre.mean()), np.full(len(z), centre[0] - centre[1])]
+        self.unknown = Moments(self.expected[1], np.full(len(z), UNKNOWN), 1.0)
+        self.processes: tuple[Mixture, Mixture] | None = None
+
+    def evidence(self) -> float:
+        return self.pair().evidence(self.data) + LAW_FAVOUR * (self.scale.family is not None)
+
+    def pair(self) -> Pair:
+        assert self.processes  # noqa: S101
+        return Pair(self.scale, self.data.raw, self.processes, self.complete, self.doubt)
+
+    def learn(self) -> None:
+        """A process under each prior; weights by how well blocks predict each other."""
+        noises = [process.noise_variance for process in self.processes] if self.processes else [1.0, 1.0]
+        found = []
+        for place, (inputs, (values, multipliers)) in enumerate(
+            zip(self.inputs, self._targets(noises), strict=True)
+        ):
+            hypers, evidence = [], []
+            for prior, favour, start in self._priors(place):
+                hyper = Hyperparameters.learn(prior, inputs, values, multipliers, start=start)
+                process = Process(hyper, inputs, values, multipliers)
+                hypers.append(hyper)
+                evidence.append(favour + log_evidence(process, self.complete))
+            found.append(_weighted(hypers, np.array(evidence)))
+        self.learned = Learned(*found)
+
+    def _priors(self, place: int) -> Iterator[tuple[Prior, float, Hyperparameters | None]]:
+        """A rough one is tried only when outliers are known: it would explain each of them.
+
+        What arms differ by may go with the product of batch and tokens, as much memory does: a ridge across both axes.
+        """
+        start = (self.learned.common, self.learned.difference)[place][0][1] if self.learned else None
+        smooth, rough = (SMOOTH, ROUGH) if self.scale.family else (PLAIN, PLAIN_ROUGH)
+        yield smooth[place], SMOOTH_FAVOUR, start
+        if self.learned:
+            yield rough[place], 0.0, None
+            if self.inputs[place].cube.shape[1] == 1:
+                yield replace(rough[place], length=STEP_LENGTH), 0.0, None
+            if place and self.scale.cube.product:
+                yield replace(rough[place], turned=self.scale.cube.product), 0.0, None
+
+    def settle(self) -> None:
+        self._condition()
+        if (self.complete.sum() < len(self.complete)) or len(self.complete) >= FEWEST_FOR_OUTLIERS:
+            for _ in range(PASSES):
+                self._weigh_and_fill_in()
+                self._condition()
+
+    def _targets(self, noises: list[float]) -> list[tuple[Floats, Floats]]:
+        """Values and multipliers of their noise, for common and difference; what is not known is as expected."""
+        difference = Moments.of(self.processes[1]) if self.processes else self.unknown
+        found = []
+        for (values, variance), expected, noise in zip(
+            (self.known.common(difference), self.known.difference()), self.expected, noises, strict=True
+        ):
+            multipliers = np.minimum(self.doubt + variance / noise, MOST_NOISE)
+            found.append((np.where(multipliers < MOST_NOISE, values, expected), multipliers))
+        return found
+
+    def _condition(self) -> None:
+        assert self.learned  # noqa: S101
+        learned = (self.learned.common, self.learned.difference)
+        targets = self._targets([sum(w * hyper.noise_variance for w, hyper in each) for each in learned])
+        common, difference = (
+            Mixture(
+                tuple(weight for weight, _ in weighted),
+                tuple(Process(hyper, inputs, values, multipliers) for _, hyper in weighted),
+            )
+            for weighted, inputs, (values, multipliers) in zip(learned, self.inputs, targets, strict=True)
+        )
+        self.processes = common, difference
+
+    def _weigh_and_fill_in(self) -> None:
+        assert self.processes  # noqa: S101
+        common, difference = (Moments.of(process) for process in self.processes)
+        self.expected = [common.mean, difference.mean]
+        self._weigh([m.errors(p.values) for m, p in zip((common, difference), self.processes, strict=True)])
+        mean, variance = self.known.mean.copy(), self.known.variance.copy()
+        for arm, sign in ((0, 1.0), (1, -1.0)):
+            predicted = common.mean + sign * difference.mean / 2
+            function = common.function + difference.function / 4
+            noise = common.noise + difference.noise / 4
+            bound, failed = self.bound[:, arm], self.data.failed[:, arm]
+            explained = (
+                failed & ((bound - predicted) / np.sqrt(function + noise) > CLIFF) & np.isfinite(bound)
+            )
+            mean[failed, arm], variance[failed, arm] = 0.0, UNKNOWN
+            for rows, side in ((self.data.capped[:, arm], 1.0), (explained, -1.0)):
+                mean[rows, arm], variance[rows, arm] = one_sided(
+                    bound[rows], side, predicted[rows], function[rows], noise
+                )
+        self.known = _Known(mean, variance)
+
+    def _weigh(self, errors: list[Floats]) -> None:
+        """Outliers by the spread of most blocks, as one that is inflated by outliers hides them."""
+        doubt = np.ones(len(self.doubt))
+        if self.complete.sum() >= FEWEST_FOR_OUTLIERS:
+            for each in errors:
+                spread = max(1.4826 * float(np.median(np.abs(each[self.complete]))), 0.5)
+                off = np.where(self.complete, np.abs(each) / spread / OUTLYING, 0.0)
+                doubt = np.maximum(doubt, np.minimum(off**4, MOST_NOISE / 10))
+        self.doubt = doubt

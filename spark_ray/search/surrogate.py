@@ -1,0 +1,278 @@
+"""What is known of KV capacity over the space after some blocks: of both arms, of their contrast, and how surely.
+
+    surrogate = Surrogate.fit(space, observations, seed=0)
+    map = surrogate.predict(cube.filling(4096, seed=1))
+
+The mean is the sizing law of an engine (`law`), of the family that predicts blocks best from the others; what no law
+foresees is a residual (`process`), smooth or rough as the blocks say, and both as far as they leave it open (`mixture`);
+arms are a common part and a difference (`pair`); and where no law does better than a plain process, that is what is used.
+Bands are widened, never narrowed, by how wrong each block's prediction from all the others was, and where blocks are few.
+
+Hyperparameters are learned at some numbers of blocks only (`_scheduled`), from the first so many: what is known is a
+function of the blocks and their order, not of how often one asked, and asking often is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+from .. import search_spec
+from . import law
+from .cube import Cube, Floats
+from .feasibility import Bends, Feasibility
+from .pair import Data, Family, Learned, Pair, Scale, learn
+from .process import Inputs
+
+FEWEST_COMPLETE = 3
+FIRST_LEARNING = 5
+GROWTH = 1.25
+DOUBTED = 4.0
+"""The multiple of its noise with which a block counts, above which it is measured again."""
+TRUSTED = 4.0
+"""Leave-one-out errors that are taken to be as predicted, beside those seen: few blocks widen little by chance."""
+LAW_TERMS = 4
+"""What a law leaves to be learned from the same blocks as their noise."""
+
+_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
+NODES = np.stack(np.meshgrid(_NODES, _NODES), axis=-1).reshape(-1, 2)
+NODE_WEIGHTS = np.outer(_NODE_WEIGHTS, _NODE_WEIGHTS).ravel() / _NODE_WEIGHTS.sum() ** 2
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a block told. `kv` is bytes of the baseline and the other arm; None: no capacity there.
+
+    `capped` says of which arm something else than memory set the capacity: without it, there would be more.
+    """
+
+    configuration: Mapping[str, int | float]
+    kv: tuple[float | None, float | None]
+    capped: tuple[bool, bool] = (False, False)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of each configuration: mean and standard deviation of what the engine would do, without the noise of a trial."""
+
+    kv_a_mean: Floats
+    kv_a_sd: Floats
+    kv_b_mean: Floats
+    kv_b_sd: Floats
+    contrast_mean: Floats
+    contrast_sd: Floats
+    feasible_a: Floats
+    feasible_b: Floats
+
+
+class TooFewBlocks(ValueError):
+    """Fewer than FEWEST_COMPLETE blocks have a number of both arms."""
+
+
+Row = tuple[tuple[float, ...], tuple[float | None, float | None], tuple[bool, bool]]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    cube: Cube
+    seed: int
+    blocks: int
+    pair: Pair
+    caps_bytes: tuple[float, float]
+    """The capacity at which each arm was found capped; infinite if it never was."""
+    widening: tuple[float, float]
+    """Of the standard deviations of common and difference."""
+    largest_bytes: float
+    """The largest capacity that was measured."""
+    feasibility: tuple[Feasibility, ...]
+    """Of the baseline and the other arm."""
+
+    @classmethod
+    def fit(
+        cls, space: search_spec.Space | Cube, observations: Sequence[Observation], *, law: bool = True, seed: int
+    ) -> Surrogate:  # fmt: skip
+        """In the order of the blocks. The seed is that of the search: of its space-filling points.
+
+        Raises:
+            TooFewBlocks: nothing can be compared yet.
+        """
+        cube = Cube.of(space)
+        return _fit(cube, tuple(_row(cube, each) for each in observations), law, seed)
+
+    # ---- what it says ---------------------------------------------------------------------------------------
+
+    @property
+    def family(self) -> Family:
+        """The law that predicts best; None: none does better than a plain process."""
+        return self.pair.scale.family
+
+    @property
+    def law_fits(self) -> bool:
+        return self.family is not None
+
+    @property
+    def noise_sd_bytes(self) -> float:
+        """Of one arm in one block, in the middle of the space: what is not shared between the arms of a block."""
+        middle = self.cube.snap(np.full((1, self.cube.dimensions), 0.5))
+        sd = np.sqrt(self.pair.difference.noise_variance / 2)
+        if self.family is None:
+            return float(sd * self.predict(middle).kv_a_mean[0])
+        return float(sd * self.pair.scale.gain(middle)[0])
+
+    def leave_one_out(self) -> Floats:
+        """Errors of each complete block predicted by all others, of common and difference, in standard deviations."""
+        return self.pair.standardised
+
+    def predict(self, configurations: Iterable[Mapping[str, float]] | Floats) -> Prediction:
+        raw = self.cube.raw(configurations)
+        mean, sd = self._moments(raw)
+        chances = [
+            np.prod(each.chances(self.places(raw, mean[arm]), mean[arm], sd[arm]), axis=0)
+            for arm, each in enumerate(self.feasibility)
+        ]
+        return Prediction(mean[0], sd[0], mean[1], sd[1], mean[2], sd[2], *chances)
+
+    def places(self, raw: Floats, kv_bytes: Floats) -> Inputs:
+        """Where they are, as a cliff sees it: the axes, a constant, and the capacity that an arm is predicted to have."""
+        plain = Scale(self.cube, None).inputs(raw)[0]
+        capacity = np.sqrt(3) * (2 * kv_bytes[:, None] / self.largest_bytes - 1)  # as even as the axes
+        return Inputs(plain.cube, plain.certain[:, :0], np.hstack([plain.doubtful, plain.certain, capacity]))
+
+    def contradicted(self) -> Floats:
+        """Blocks that all others contradict and that were measured only once, raw."""
+        rows, counts = np.unique(self.pair.raw, axis=0, return_counts=True)
+        once = {tuple(row) for row in rows[counts == 1]}
+        return np.array([row for row in self.pair.raw[self.pair.doubt > DOUBTED] if tuple(row) in once])
+
+    def _moments(self, raw: Floats, *, noise: bool = False) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of both capacities and the contrast, (3, n), by Gauss-Hermite quadrature."""
+        means, sds = self.latent(raw)
+        if noise:
+            of_both = [[self.pair.common.noise_variance], [self.pair.difference.noise_variance]]
+            sds = np.sqrt(sds**2 + np.array(of_both))
+        z = means[:, None] + NODES.T[:, :, None] * sds[:, None]
+        kv = self.kv_bytes(z[0], z[1], raw)
+        values = np.stack([*kv, contrast(*kv)])
+        mean = np.einsum("n,vnr->vr", NODE_WEIGHTS, values)
+        return mean, np.sqrt(np.einsum("n,vnr->vr", NODE_WEIGHTS, (values - mean[:, None]) ** 2))
+
+    def latent(self, raw: Floats) -> tuple[Floats, Floats]:
+        """Means and widened standard deviations of common and difference, (2, n), in the family's scale."""
+        moments = [
+            process.predict(inputs)
+            for process, inputs in zip(
+                (self.pair.common, self.pair.difference), self.pair.scale.inputs(raw), strict=True
+            )
+        ]
+        sds = [np.sqrt(variance) * by for (_, variance), by in zip(moments, self.widening, strict=True)]
+        return np.stack([mean for mean, _ in moments]), np.stack(sds)
+
+    def kv_bytes(self, common: Floats, difference: Floats, raw: Floats) -> tuple[Floats, Floats]:
+        """Capacity of both arms, at most their caps."""
+        a = self.pair.scale.bytes_of(common + difference / 2, raw)
+        b = self.pair.scale.bytes_of(common - difference / 2, raw)
+        return np.minimum(a, self.caps_bytes[0]), np.minimum(b, self.caps_bytes[1])
+
+    def condition(self, configurations: Iterable[Mapping[str, float]] | Floats) -> Surrogate:
+        """As if these were measured too, each arm at its mean: for blocks that are under way."""
+        raw = self.cube.raw(configurations)
+        return replace(self, pair=self.pair.with_(raw), blocks=self.blocks + len(raw)) if len(raw) else self
+
+
+def contrast(a: Floats, b: Floats) -> Floats:
+    """1 - b / a, within what can be meant: where the baseline has hardly any capacity, feasibility decides."""
+    least = np.maximum(0.01 * np.abs(a).max(initial=1.0), 1.0)
+    return np.asarray(np.clip(1 - b / np.maximum(a, least), -2.0, 1.0))
+
+
+# ---- fitting ------------------------------------------------------------------------------------------------------
+
+
+_Cliffs = tuple[Bends, Bends]
+
+
+@dataclass(frozen=True)
+class _Learned:
+    family: Family
+    pair: Learned
+    cliffs: _Cliffs
+
+
+@lru_cache(maxsize=4)  # whoever asks for the next block, for the map and whether to stop asks for the same
+def _fit(cube: Cube, rows: tuple[Row, ...], with_law: bool, seed: int) -> Surrogate:
+    data = _data(rows)
+    learned = _learn(cube, rows[: _scheduled(rows)], with_law)
+    pair = Pair.condition(Scale(cube, learned.family), data, learned.pair)
+    return _assemble(cube, seed, data, pair, learned.cliffs)
+
+
+@lru_cache(maxsize=32)
+def _learn(cube: Cube, rows: tuple[Row, ...], with_law: bool) -> _Learned:
+    """Each family in turn; kept is the one under which the blocks predict each other best."""
+    data = _data(rows)
+    families: list[Family] = [*law.FAMILIES] if with_law and cube.engine_columns else []
+    learned, pair = learn([Scale(cube, family) for family in [*families, None]], data)
+    baseline, against = (each.bends for each in _assemble(cube, 0, data, pair, ((), ())).feasibility)
+    return _Learned(pair.scale.family, learned, (baseline, against))
+
+
+def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) -> Surrogate:
+    caps = np.where(data.capped, data.kv_bytes, np.nan)
+    baseline, against = (
+        float(np.median(of_arm[~np.isnan(of_arm)])) if data.capped[:, arm].any() else np.inf
+        for arm, of_arm in enumerate(caps.T)
+    )
+    largest = max(float(np.nanmax(data.kv_bytes)), 1.0)
+    found = Surrogate(cube, seed, len(data.raw), pair, (baseline, against), _widening(pair), largest, ())
+    mean, sd = found._moments(data.raw, noise=True)
+    feasibility = [
+        Feasibility.fit(
+            found.places(data.raw, mean[arm]), data.failed[:, arm], data.floor_bytes[arm], mean[arm], sd[arm], cliffs[arm]
+        )
+        for arm in (0, 1)
+    ]  # fmt: skip
+    return replace(found, feasibility=tuple(feasibility))
+
+
+def _widening(pair: Pair) -> tuple[float, float]:
+    """How much wider the bands must be for leave-one-out errors to be as large as they say; 1 at least.
+
+    And wider as Student's t is than a normal, as the noise was learned from few blocks too.
+    """
+    squares = pair.standardised**2
+    common, difference = np.sqrt((squares.sum(axis=0) + TRUSTED) / (len(squares) + TRUSTED))
+    few = float(stdtrit(max(len(squares) - LAW_TERMS, 2), 0.975) / ndtri(0.975))
+    return max(1.0, float(common)) * few, max(1.0, float(difference)) * few
+
+
+def _row(cube: Cube, observation: Observation) -> Row:
+    values = tuple(float(observation.configuration[axis.name]) for axis in cube.axes)
+    return values, observation.kv, observation.capped
+
+
+def _data(rows: Sequence[Row]) -> Data:
+    kv = np.array(
+        [[np.nan if arm is None else arm for arm in of_arms] for _, of_arms, _ in rows], dtype=float
+    )
+    kv = kv.reshape(-1, 2)
+    capped = np.array([capped for _, _, capped in rows], dtype=bool).reshape(-1, 2)
+    raw = np.array([values for values, _, _ in rows], dtype=float)
+    data = Data(raw, kv, capped & ~np.isnan(kv))
+    if data.measured.all(axis=1).sum() < FEWEST_COMPLETE:
+        raise TooFewBlocks(f"at least {FEWEST_COMPLETE} blocks with a capacity of both arms are needed")
+    return data
+
+
+def _scheduled(rows: Sequence[Row]) -> int:
+    """How many of the first blocks teach the hyperparameters: a number that grows by steps."""
+    stage = min(FIRST_LEARNING, len(rows))
+    while (following := int(np.ceil(stage * GROWTH))) <= len(rows):
+        stage = following
+    complete = [all(arm is not None for arm in kv) and not any(capped) for _, kv, capped in rows]
+    while sum(complete[:stage]) < FEWEST_COMPLETE:
+        stage += 1
+    return stage
