@@ -204,6 +204,7 @@ def _fork(system: _System) -> select.poll:
     child = os.fork()
     if child == 0:
         os.close(held)
+        os.read(alive, 1)  # not before the other hands signals on: one that comes now would end it instead
         poll = select.poll()
         poll.register(alive, 0)
         return poll
@@ -220,6 +221,7 @@ def _fork(system: _System) -> select.poll:
 
     for signum in PASSED_ON:
         signal.signal(signum, pass_on)
+    os.write(held, b".")
     _, status = os.waitpid(child, 0)
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 

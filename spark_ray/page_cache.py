@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import RunError
+from .worker import observe
 
 _CHUNK = 4 << 20
 _FILL = "page-cache-fill-"
 _MOST_FILLS = 4
 """Files kept for arms of different fills; where the fill is a knob, every block may need another one."""
+
+_READINGS = 3
+"""A large file may lose its first pages while its last ones are read."""
 
 
 def read_through(path: Path) -> None:
@@ -35,6 +39,14 @@ def advise_away(paths: list[Path]) -> None:
             os.close(descriptor)
 
 
+def bring_back(path: Path) -> int:
+    """Read a file again if the kernel has reclaimed some of it meanwhile, as it may with what nobody uses; the bytes that were gone."""
+    gone = path.stat().st_size - observe.resident_bytes(path)
+    if gone > 0:
+        read_through(path)
+    return max(gone, 0)
+
+
 def fill(folder: Path, size_bytes: int) -> Path:
     """The fill file of that size in `folder`, made if it is not there, and now in the page cache."""
     path = folder / f"{_FILL}{size_bytes}"
@@ -50,7 +62,9 @@ def fill(folder: Path, size_bytes: int) -> Path:
             with part.open("wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, size_bytes)
             part.replace(path)
-        read_through(path)
+        for _ in range(_READINGS):
+            if not bring_back(path):
+                break
     except OSError as error:
         part.unlink(missing_ok=True)
         raise RunError(

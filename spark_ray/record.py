@@ -130,6 +130,9 @@ class AtSizing(Part):
     fill_resident_bytes: Size | None = Field(
         default=None, description="bytes of the fill file still in the page cache"
     )
+    refilled_bytes: Size | None = Field(
+        default=None, description="of the fill, what the kernel had reclaimed meanwhile and was read again right before"
+    )
     page_cache_bytes: Size | None = Field(default=None, description="Cached + Buffers - Shmem")
     model_resident_bytes: Size | None = Field(
         default=None, description="of the model's files in the page cache; null: cannot be known"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -244,11 +245,16 @@ class Treatments:
 
     def settle(self) -> dict[str, Any]:
         """Right before the engine reads free memory: what does not last is done again. Never raises."""
+        settled: dict[str, Any] = {}
+        if self._fill:
+            with contextlib.suppress(OSError):  # somebody removed it: seen at the sizing moment
+                settled["refilled_bytes"] = page_cache.bring_back(self._fill)
         if self._asked.get("per_cpu_pages") == "drained":
             try:
-                self._settled = {"drained": json.loads(self._root.run("drain-per-cpu"))}
+                settled["drained"] = json.loads(self._root.run("drain-per-cpu"))
             except UnavailableError as error:  # the attempt is disturbed by it, the run is not
-                self._settled = {"drain_error": error.message}
+                settled["drain_error"] = error.message
+        self._settled = settled
         return dict(self._settled)
 
     def at_sizing(

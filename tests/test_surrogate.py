@@ -271,10 +271,32 @@ def test_where_processes_disagree_a_mixture_knows_less_and_learns_more():
 def test_a_block_that_all_others_contradict_counts_less_until_it_is_confirmed():
     surrogate = fit(blocks=24, spoiled=[(5, 1, -6.0)])
     assert np.median(errors(surrogate, memfree)[1]) < 0.01
-    np.testing.assert_array_equal(surrogate.contradicted(), CUBE.filling(24, 3)[[5]])
+    np.testing.assert_array_equal(surrogate.pair.raw[surrogate.contradicted()], CUBE.filling(24, 3)[[5]])
     twice = np.vstack([CUBE.filling(24, 3), CUBE.filling(24, 3)[[5]]])
     again = Surrogate.fit(SPACE, measure(memfree, twice, spoiled=[(5, 1, -6.0)]), seed=3)
-    assert not len(again.contradicted())
+    assert not again.contradicted().any()
+
+
+def test_several_bursts_among_few_blocks_mislead_nobody():
+    spoiled = [(2, 1, -6.0), (7, 0, -6.0), (9, 1, -6.0)]
+    surrogate = fit(blocks=14, spoiled=spoiled)
+    assert np.flatnonzero(surrogate.contradicted()).tolist() == [2, 7, 9]
+    assert np.median(errors(surrogate, memfree)[1]) < 0.01
+
+
+def test_a_law_that_holds_is_learned_as_well_as_if_nothing_else_were_thought_of():
+    ours, least_squares = [], []
+    for seed in range(6):
+        raw = CUBE.filling(14, 3)
+        observed = measure(memavailable, raw, seed=seed, noise_gib=0.7)
+        kv = np.array([each.kv for each in observed]) / GIB
+        terms = law.difference_terms(raw)
+        coefficients = np.linalg.lstsq(terms, kv[:, 0] - kv[:, 1], rcond=None)[0]
+        off = np.abs(law.difference_terms(ELSEWHERE) @ coefficients - more_gib(ELSEWHERE))
+        least_squares.append(np.median(off / memavailable(ELSEWHERE)[:, 0]))
+        surrogate = Surrogate.fit(SPACE, observed, seed=3)
+        ours.append(np.median(errors(surrogate, memavailable)[1]))
+    assert np.mean(ours) < 1.5 * np.mean(least_squares)
 
 
 def test_a_cap_says_at_least_and_bounds_what_is_predicted():

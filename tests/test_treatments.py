@@ -403,6 +403,8 @@ def test_a_fill_is_held_and_its_loss_is_seen(treater):
     assert treatments.not_held(state, seen) is None
     page_cache.advise_away([treater._fill])
     assert "page cache fill: " in treatments.not_held(state, treater.at_sizing())
+    assert treater.settle()["refilled_bytes"] == 256 * MIB
+    assert treatments.not_held(state, treater.at_sizing()) is None
     treater._fill.unlink()
     assert "page cache fill: 0 of" in treatments.not_held(state, treater.at_sizing())
 

@@ -31,8 +31,8 @@ from scipy.special import ndtr
 from .. import search_spec
 from .cube import Cube, Floats, Point
 from .mixture import Mixture
-from .process import Inputs, Process
-from .surrogate import Prediction, Surrogate, contrast
+from .process import Inputs, Process, Said
+from .surrogate import Latent, Prediction, Surrogate, contrast
 from .target import Target, density
 
 Cost = Callable[[Point], float]
@@ -141,7 +141,7 @@ def next_points(
 
 def _best(model: Surrogate, target: Target, cost: Cost | None, seed: int) -> Floats:
     """The candidate that leaves least unknown for its cost; raw, one row."""
-    contradicted = model.contradicted()
+    contradicted = model.pair.raw[model.contradicted()]
     if len(contradicted):
         return contradicted[:1]
     cube = model.cube
@@ -164,8 +164,8 @@ def _candidates(model: Surrogate, target: Target, seed: int) -> Floats:
 
 def gain(model: Surrogate, target: Target, candidates: Floats, places: Floats) -> Floats:
     """The share of what is unknown that a block at each candidate would take away, 0 to 1."""
-    said = model.predict(places)
     reductions = _Reductions.of(model, candidates, places)
+    said = model.predict(places, reductions.latent)
     capacity = reductions.share(_log_baseline, said.feasible_a)
     amounts, shares = [], []
     for amount, share in _asked(model, target, said, reductions, candidates, places):
@@ -213,15 +213,21 @@ def _open(chance: Floats, weight: Floats) -> float:
 
 @dataclass(frozen=True)
 class _Reduction:
-    """Of one process: the variance at each place, and how much of it each candidate would take (candidates, places)."""
+    """Of one process: what it says at candidates and at places, and how much of the variance each candidate would take."""
 
-    variance: Floats
-    taken: Floats
+    candidates: Said
+    places: Said
+    taken: Floats  # (candidates, places)
 
     @classmethod
     def of(cls, process: Process | Mixture, candidates: Inputs, places: Inputs) -> Self:
-        (_, at_candidates), (_, at_places), shared = process.joint(candidates, places)
-        return cls(at_places, shared**2 / (at_candidates + process.block_variance)[:, None])
+        at_candidates, at_places, shared = process.joint(candidates, places)
+        return cls(at_candidates, at_places, shared**2 / (at_candidates[1] + process.block_variance)[:, None])
+
+    @property
+    def variance(self) -> Floats:
+        """At each place."""
+        return self.places[1]
 
     def share(self, weight: Floats) -> Floats:
         return np.asarray(self.taken @ weight / max(float(self.variance @ weight), NOTHING))
@@ -244,14 +250,15 @@ class _Reductions:
         left, right = model.pair.scale.inputs(candidates), model.pair.scale.inputs(places)
         common = _Reduction.of(model.pair.common, left[0], right[0])
         difference = _Reduction.of(model.pair.difference, left[1], right[1])
-        said = model.predict(candidates)
+        said = model.predict(candidates, model.widened(common.candidates, difference.candidates))
         either = np.maximum(said.feasible_a, said.feasible_b)
         works = either, said.feasible_a * said.feasible_b
         return cls(model, places, common, difference, works, (said.kv_a_mean, said.kv_b_mean))
 
     @cached_property
-    def _latent(self) -> tuple[Floats, Floats]:
-        return self.model.latent(self.places)
+    def latent(self) -> Latent:
+        """At the places."""
+        return self.model.widened(self.common.places, self.difference.places)
 
     def share(self, quantity: Callable[[Floats, Floats], Floats], weight: Floats) -> Floats:
         """Of the weighted variance of a quantity of both arms' capacities, to first order."""
@@ -263,7 +270,7 @@ class _Reductions:
         return np.asarray(taken / max(whole, NOTHING))
 
     def _slopes(self, quantity: Callable[[Floats, Floats], Floats]) -> tuple[Floats, Floats]:
-        (common, difference), (step, other_step) = self._latent
+        (common, difference), (step, other_step) = self.latent
 
         def at(m: Floats, d: Floats) -> Floats:
             return quantity(*self.model.kv_bytes(m, d, self.places))

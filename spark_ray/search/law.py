@@ -46,17 +46,15 @@ def capacity_terms(family: Family, configurations: Floats) -> Floats:
     return np.column_stack(terms if family == "memfree" else [*terms, fraction])
 
 
-def difference_terms(family: Family, configurations: Floats) -> Floats:
+def difference_terms(configurations: Floats) -> Floats:
     """The columns of the difference between two arms per gain: an amount, and one that grows with batch and tokens."""
-    batch, tokens, fraction = configurations.T
-    terms = [np.ones(len(batch)), tokens, np.log2(batch)]
-    return np.column_stack(terms if family == "memfree" else [*terms, fraction])
+    batch, tokens, _ = configurations.T
+    return np.column_stack([np.ones(len(batch)), tokens, np.log2(batch)])
 
 
-def doubtful_terms(family: Family, configurations: Floats) -> Floats:
+def doubtful_terms(configurations: Floats) -> Floats:
     """Columns that some engine may need: other knees, logarithms, an interaction. How much of them, the data say."""
     batch, tokens, fraction = configurations.T
     knees = [np.minimum(batch, knee) for knee in OTHER_KNEES]
     doublings = np.log2(batch / USUAL_BATCH), np.log2(tokens / USUAL_TOKENS)
-    terms = [*knees, *doublings, doublings[0] * doublings[1]]
-    return np.column_stack([*terms, fraction] if family == "memfree" else terms)
+    return np.column_stack([*knees, *doublings, doublings[0] * doublings[1], fraction])

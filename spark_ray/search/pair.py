@@ -1,10 +1,8 @@
 """Two arms as two processes that know nothing of each other: what they have in common, and their difference.
 
 A block measures both arms under the same conditions, so what disturbs both is in their mean and not in their difference.
-With the same noise in both arms the noise of mean and difference is uncorrelated. Each family of laws has its own scale:
-
-    a law    z = KV / gain, where the noise is even
-    none     z = log KV
+With the same noise in both arms the noise of mean and difference is uncorrelated. In the scale of a family of laws
+(`scale`), z of KV, they are
 
     common = (z_a + z_b) / 2      difference = z_a - z_b
 
@@ -18,24 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import law
-from .cube import Cube, Floats
+from .cube import Floats
 from .mixture import UNKNOWN, Mixture, Moments, one_sided
-from .process import Hyperparameters, Inputs, Prior, Process
+from .process import Hyperparameters, Prior, Process
+from .robust import outlying
+from .scale import Scale
 
 Mask = NDArray[np.bool_]
-Family = law.Family | None
 
 SMOOTH = (
     Prior(doubtful=0.1, residual=0.05, noise=0.1, drift=0.05),
     Prior(doubtful=0.3, residual=0.3, noise=0.7),
 )
 """Under a law, of common and difference; then of what no law foresees within a small part of the space: a step, a bump."""
+STRICT = (
+    Prior(doubtful=0.01, residual=0.01, noise=0.1, drift=0.05, spread=0.5),
+    Prior(doubtful=0.03, residual=0.03, noise=0.7, spread=0.5),
+)
+"""Hardly more than the law's own terms: with more to learn, few blocks' noise is taken for it."""
 ROUGH = (
     Prior(doubtful=0.1, residual=0.3, noise=0.1, drift=0.05, length=0.2),
     Prior(doubtful=0.3, residual=1.0, noise=0.3, length=0.2),
@@ -44,6 +47,7 @@ PLAIN = (Prior(doubtful=0.5, residual=1.0, noise=0.1), Prior(doubtful=0.5, resid
 PLAIN_ROUGH = tuple(replace(prior, length=0.2) for prior in PLAIN)
 STEP_LENGTH = 0.08
 """On a line there are soon enough blocks to see a step."""
+STRICT_FAVOUR = 3.0
 SMOOTH_FAVOUR = 2.0
 """Natural log of the odds for a smooth residual against a rough one, before the first block."""
 PASSES = 3
@@ -55,6 +59,12 @@ HOPELESS = 8.0
 LAW_FAVOUR = 2.0
 """Natural log of the odds for any law against none, before the first block."""
 FEWEST_FOR_OUTLIERS = 8
+DOUBTED = 4.0
+"""The multiple of its noise with which a block counts, above which it is an outlier, and is measured again."""
+OUTLIER_ODDS = 3.0
+"""Natural log of the odds that a block is none, before it was measured."""
+SUSPECTED = 1e3
+"""The multiple of its noise with which a block counts that a robust fit cannot explain, until it is judged."""
 OUTLYING = 3.0
 """Robust standard deviations from what the others predict, beyond which a block counts less."""
 MOST_NOISE = 1e6
@@ -82,76 +92,6 @@ class Data:
     def floor_bytes(self) -> Floats:
         """The least capacity with which each arm ever worked; infinite if none did."""
         return np.asarray(np.where(self.failed, np.inf, self.kv_bytes).min(axis=0, initial=np.inf))
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A family's coordinates, over one cube."""
-
-    cube: Cube
-    family: Family
-
-    def gain(self, raw: Floats) -> Floats:
-        return np.ones(len(raw)) if self.family is None else law.gain(self.family, self._engine(raw))
-
-    def of_bytes(self, kv_bytes: Floats, raw: Floats) -> Floats:
-        if self.family is None:
-            return np.asarray(np.log(np.maximum(kv_bytes, 1.0)))
-        return np.asarray(kv_bytes / self.gain(raw)[:, None])
-
-    def bytes_of(self, z: Floats, raw: Floats) -> Floats:
-        """The last dimension of z is that of raw."""
-        return np.exp(z) if self.family is None else z * self.gain(raw)
-
-    def log_density(self, kv_bytes: Floats, raw: Floats) -> Floats:
-        """What turns a density of z into one of bytes, for two arms."""
-        if self.family is None:
-            return np.asarray(-np.log(np.maximum(kv_bytes, 1.0)).sum(axis=1))
-        return np.asarray(-2 * np.log(self.gain(raw)))
-
-    def inputs(self, raw: Floats) -> tuple[Inputs, Inputs]:
-        """For the common part and for the difference. Columns are even over the cube: mean 0, deviation 1."""
-        unit = self.cube.unit(raw)
-        of_common, of_difference, doubtful = _columns(self, raw)
-        centres, widths = _evening(self)
-        even = [
-            (columns - centre) / width
-            for columns, centre, width in zip(
-                (of_common, of_difference, doubtful), centres, widths, strict=True
-            )
-        ]
-        return Inputs(unit, even[0], even[2]), Inputs(unit, even[1], even[2])
-
-    def _engine(self, raw: Floats) -> Floats:
-        assert self.cube.engine_columns  # noqa: S101  # a family is only chosen where there are
-        return raw[:, self.cube.engine_columns]
-
-
-def _columns(scale: Scale, raw: Floats) -> tuple[Floats, Floats, Floats]:
-    if scale.family is None:
-        constant = np.ones((len(raw), 1))
-        return constant, constant, scale.cube.unit(raw)
-    engine = scale._engine(raw)
-    return (
-        law.capacity_terms(scale.family, engine),
-        law.difference_terms(scale.family, engine),
-        law.doubtful_terms(scale.family, engine),
-    )
-
-
-@lru_cache(maxsize=64)
-def _evening(scale: Scale) -> tuple[list[Floats], list[Floats]]:
-    """Centres and widths of all columns over the cube. What does not vary becomes 0; the constant stays 1."""
-    raw = np.vstack([scale.cube.filling(256, seed=0), scale.cube.corners()])
-    centres, widths = [], []
-    for place, columns in enumerate(_columns(scale, raw)):
-        centre, width = columns.mean(axis=0), columns.std(axis=0)
-        width[width < 1e-9 * (1 + np.abs(centre))] = 1.0
-        if place < 2:
-            centre[0], width[0] = 0.0, 1.0
-        centres.append(centre)
-        widths.append(width)
-    return centres, widths
 
 
 # ---- what is known of both arms of each block -------------------------------------------------------------------
@@ -206,6 +146,8 @@ class Learned:
 
     common: Weighted
     difference: Weighted
+    suspecting: bool
+    """Blocks were best explained beginning with those in doubt that a robust fit cannot explain."""
 
 
 class Pair:
@@ -222,7 +164,7 @@ class Pair:
 
     @classmethod
     def condition(cls, scale: Scale, data: Data, learned: Learned) -> Pair:
-        fit = _Fit(scale, data, learned)
+        fit = _Fit(scale, data, learned, suspecting=learned.suspecting)
         fit.settle()
         return fit.pair()
 
@@ -257,9 +199,11 @@ class Pair:
 def learn(scales: Sequence[Scale], data: Data) -> tuple[Learned, Pair]:
     """Each scale in turn; kept is the one under which the blocks predict each other best.
 
-    Hyperparameters are learned twice: the first ones tell which blocks are outliers, the second ones disregard those.
+    Hyperparameters are learned twice: the first ones tell which blocks are outliers, the second ones disregard those. Where
+    several blocks are off, the first ones were misled by them; so what a robust fit of the law suspects is tried as well.
     """
     fits = [_Fit(scale, data) for scale in scales]
+    fits += [_Fit(fit.scale, data, suspecting=True) for fit in fits if fit.suspects().any()]
     for _ in range(ROUNDS):
         for fit in fits:
             fit.learn()
@@ -274,7 +218,9 @@ def learn(scales: Sequence[Scale], data: Data) -> tuple[Learned, Pair]:
 class _Fit:
     """The loop: condition both processes, see what each block says of the others, weigh and fill in, again."""
 
-    def __init__(self, scale: Scale, data: Data, learned: Learned | None = None) -> None:
+    def __init__(
+        self, scale: Scale, data: Data, learned: Learned | None = None, *, suspecting: bool = False
+    ) -> None:
         self.scale, self.data, self.learned = scale, data, learned
         self.inputs = scale.inputs(data.raw)
         z = scale.of_bytes(data.kv_bytes, data.raw)
@@ -284,14 +230,28 @@ class _Fit:
         self.complete: Mask = np.asarray(data.measured.all(axis=1))
         self.known = _Known(np.where(data.measured, z, 0.0), np.where(data.measured, 0.0, UNKNOWN))
         start = np.where(self.complete[:, None], z, 0.0)[self.complete]
-        self.doubt = np.ones(len(z))
+        self.suspecting = suspecting
+        self.doubt = np.where(self.suspects(), SUSPECTED, 1.0) if suspecting else np.ones(len(z))
         centre = np.median(start, axis=0)
         self.expected = [np.full(len(z), centre.mean()), np.full(len(z), centre[0] - centre[1])]
         self.unknown = Moments(self.expected[1], np.full(len(z), UNKNOWN), 1.0)
         self.processes: tuple[Mixture, Mixture] | None = None
 
+    def suspects(self) -> Mask:
+        """Complete blocks that the law cannot explain beside the others, in what arms have in common or in what they differ by."""
+        found = np.zeros(len(self.data.raw), dtype=bool)
+        if self.scale.family is None or self.complete.sum() < FEWEST_FOR_OUTLIERS:
+            return found
+        values = (self.known.mean.mean(axis=1), self.known.mean[:, 0] - self.known.mean[:, 1])
+        for inputs, each in zip(self.inputs, values, strict=True):
+            found[self.complete] |= outlying(inputs.certain[self.complete], each[self.complete])
+        return found
+
     def evidence(self) -> float:
-        return self.pair().evidence(self.data) + LAW_FAVOUR * (self.scale.family is not None)
+        """With what speaks for a law, and against each outlier, before the first block."""
+        outliers = int((self.doubt[self.complete] > DOUBTED).sum())
+        by_law = LAW_FAVOUR * (self.scale.family is not None)
+        return self.pair().evidence(self.data) + by_law - OUTLIER_ODDS * outliers
 
     def pair(self) -> Pair:
         assert self.processes  # noqa: S101
@@ -311,7 +271,8 @@ class _Fit:
                 hypers.append(hyper)
                 evidence.append(favour + log_evidence(process, self.complete))
             found.append(_weighted(hypers, np.array(evidence)))
-        self.learned = Learned(*found)
+        common, difference = found
+        self.learned = Learned(common, difference, self.suspecting)
 
     def _priors(self, place: int) -> Iterator[tuple[Prior, float, Hyperparameters | None]]:
         """A rough one is tried only when outliers are known: it would explain each of them.
@@ -321,6 +282,8 @@ class _Fit:
         start = (self.learned.common, self.learned.difference)[place][0][1] if self.learned else None
         smooth, rough = (SMOOTH, ROUGH) if self.scale.family else (PLAIN, PLAIN_ROUGH)
         yield smooth[place], SMOOTH_FAVOUR, start
+        if self.scale.family:
+            yield STRICT[place], STRICT_FAVOUR, None
         if self.learned:
             yield rough[place], 0.0, None
             if self.inputs[place].cube.shape[1] == 1:

@@ -58,10 +58,12 @@ def decide(
         return Decision(spent, TOO_FEW, 1.0, 1.0)
     cube = surrogate.cube
     fills = acquire.fills(cube, cube.raw([each.configuration for each in observations]), surrogate.seed)
-    errors = surrogate.leave_one_out()[fills[surrogate.pair.complete[: len(fills)]]]
+    complete = surrogate.pair.complete[: len(fills)]
+    errors = surrogate.leave_one_out()[fills[complete]]
     widening = _widening(errors)
     said = surrogate.predict(cube.filling(PLACES, surrogate.seed))
-    contradicted = int((np.abs(errors).max(axis=1, initial=0.0) > CONTRADICTED).sum())
+    doubted = surrogate.contradicted()[: len(fills)][fills & complete]
+    contradicted = int((doubted | (np.abs(errors).max(axis=1, initial=0.0) > CONTRADICTED)).sum())
     unseen = (contradicted + 0.5) / (len(errors) + 1) / 3
     expected = min(1.0, float(target.misclassified(said, widening).mean()) + unseen)
     undecided = float(target.undecided(said, widening).mean())

@@ -19,20 +19,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from .. import search_spec
 from . import law
 from .cube import Cube, Floats
 from .feasibility import Bends, Feasibility
-from .pair import Data, Family, Learned, Pair, Scale, learn
-from .process import Inputs
+from .pair import DOUBTED, Data, Learned, Pair, learn
+from .process import Inputs, Said
+from .scale import Family, Scale
 
 FEWEST_COMPLETE = 3
 FIRST_LEARNING = 5
 GROWTH = 1.25
-DOUBTED = 4.0
-"""The multiple of its noise with which a block counts, above which it is measured again."""
 TRUSTED = 4.0
 """Leave-one-out errors that are taken to be as predicted, beside those seen: few blocks widen little by chance."""
 LAW_TERMS = 4
@@ -67,6 +67,10 @@ class Prediction:
     contrast_sd: Floats
     feasible_a: Floats
     feasible_b: Floats
+
+
+Latent = tuple[Floats, Floats]
+"""Means and standard deviations of common and difference, (2, n), in the scale of a family."""
 
 
 class TooFewBlocks(ValueError):
@@ -127,9 +131,12 @@ class Surrogate:
         """Errors of each complete block predicted by all others, of common and difference, in standard deviations."""
         return self.pair.standardised
 
-    def predict(self, configurations: Iterable[Mapping[str, float]] | Floats) -> Prediction:
+    def predict(
+        self, configurations: Iterable[Mapping[str, float]] | Floats, latent: Latent | None = None
+    ) -> Prediction:
+        """`latent` is what `latent` says of the same configurations, if that is known already."""
         raw = self.cube.raw(configurations)
-        mean, sd = self._moments(raw)
+        mean, sd = self._moments(raw, latent or self.latent(raw))
         chances = [
             np.prod(each.chances(self.places(raw, mean[arm]), mean[arm], sd[arm]), axis=0)
             for arm, each in enumerate(self.feasibility)
@@ -142,15 +149,14 @@ class Surrogate:
         capacity = np.sqrt(3) * (2 * kv_bytes[:, None] / self.largest_bytes - 1)  # as even as the axes
         return Inputs(plain.cube, plain.certain[:, :0], np.hstack([plain.doubtful, plain.certain, capacity]))
 
-    def contradicted(self) -> Floats:
-        """Blocks that all others contradict and that were measured only once, raw."""
-        rows, counts = np.unique(self.pair.raw, axis=0, return_counts=True)
-        once = {tuple(row) for row in rows[counts == 1]}
-        return np.array([row for row in self.pair.raw[self.pair.doubt > DOUBTED] if tuple(row) in once])
+    def contradicted(self) -> NDArray[np.bool_]:
+        """Blocks that all others contradict and that were measured only once."""
+        _, of_row, counts = np.unique(self.pair.raw, axis=0, return_inverse=True, return_counts=True)
+        return np.asarray((self.pair.doubt > DOUBTED) & (counts[of_row.ravel()] == 1))
 
-    def _moments(self, raw: Floats, *, noise: bool = False) -> tuple[Floats, Floats]:
+    def _moments(self, raw: Floats, latent: Latent, *, noise: bool = False) -> tuple[Floats, Floats]:
         """Mean and standard deviation of both capacities and the contrast, (3, n), by Gauss-Hermite quadrature."""
-        means, sds = self.latent(raw)
+        means, sds = latent
         if noise:
             of_both = [[self.pair.common.noise_variance], [self.pair.difference.noise_variance]]
             sds = np.sqrt(sds**2 + np.array(of_both))
@@ -160,16 +166,14 @@ class Surrogate:
         mean = np.einsum("n,vnr->vr", NODE_WEIGHTS, values)
         return mean, np.sqrt(np.einsum("n,vnr->vr", NODE_WEIGHTS, (values - mean[:, None]) ** 2))
 
-    def latent(self, raw: Floats) -> tuple[Floats, Floats]:
+    def latent(self, raw: Floats) -> Latent:
         """Means and widened standard deviations of common and difference, (2, n), in the family's scale."""
-        moments = [
-            process.predict(inputs)
-            for process, inputs in zip(
-                (self.pair.common, self.pair.difference), self.pair.scale.inputs(raw), strict=True
-            )
-        ]
-        sds = [np.sqrt(variance) * by for (_, variance), by in zip(moments, self.widening, strict=True)]
-        return np.stack([mean for mean, _ in moments]), np.stack(sds)
+        of_common, of_difference = self.pair.scale.inputs(raw)
+        return self.widened(self.pair.common.predict(of_common), self.pair.difference.predict(of_difference))
+
+    def widened(self, common: Said, difference: Said) -> Latent:
+        sds = [np.sqrt(said[1]) * by for said, by in zip((common, difference), self.widening, strict=True)]
+        return np.stack([common[0], difference[0]]), np.stack(sds)
 
     def kv_bytes(self, common: Floats, difference: Floats, raw: Floats) -> tuple[Floats, Floats]:
         """Capacity of both arms, at most their caps."""
@@ -228,7 +232,7 @@ def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) ->
     )
     largest = max(float(np.nanmax(data.kv_bytes)), 1.0)
     found = Surrogate(cube, seed, len(data.raw), pair, (baseline, against), _widening(pair), largest, ())
-    mean, sd = found._moments(data.raw, noise=True)
+    mean, sd = found._moments(data.raw, found.latent(data.raw), noise=True)
     feasibility = [
         Feasibility.fit(
             found.places(data.raw, mean[arm]), data.failed[:, arm], data.floor_bytes[arm], mean[arm], sd[arm], cliffs[arm]
