@@ -131,7 +131,8 @@ class AtSizing(Part):
         default=None, description="bytes of the fill file still in the page cache"
     )
     refilled_bytes: Size | None = Field(
-        default=None, description="of the fill, what the kernel had reclaimed meanwhile and was read again right before"
+        default=None,
+        description="of the fill, what the kernel had reclaimed meanwhile and was read again right before",
     )
     page_cache_bytes: Size | None = Field(default=None, description="Cached + Buffers - Shmem")
     model_resident_bytes: Size | None = Field(

@@ -30,18 +30,18 @@ from .scale import Scale
 Mask = NDArray[np.bool_]
 
 SMOOTH = (
-    Prior(doubtful=0.1, residual=0.05, noise=0.1, drift=0.05),
+    Prior(doubtful=0.1, residual=0.05, noise=0.1, drift=0.1),
     Prior(doubtful=0.3, residual=0.3, noise=0.7),
 )
 """Under a law, of common and difference; then of what no law foresees within a small part of the space: a step, a bump."""
 STRICT = (
-    Prior(doubtful=0.01, residual=0.01, noise=0.1, drift=0.05, spread=0.5),
+    Prior(doubtful=0.01, residual=0.01, noise=0.1, drift=0.1, spread=0.5),
     Prior(doubtful=0.03, residual=0.03, noise=0.7, spread=0.5),
 )
 """Hardly more than the law's own terms: with more to learn, few blocks' noise is taken for it."""
 ROUGH = (
-    Prior(doubtful=0.1, residual=0.3, noise=0.1, drift=0.05, length=0.2),
-    Prior(doubtful=0.3, residual=1.0, noise=0.3, length=0.2),
+    Prior(doubtful=0.1, residual=0.3, noise=0.1, drift=0.1, length=0.2),
+    Prior(doubtful=0.3, residual=1.0, noise=0.5, length=0.2),
 )
 PLAIN = (Prior(doubtful=0.5, residual=1.0, noise=0.1), Prior(doubtful=0.5, residual=1.0, noise=0.4))
 PLAIN_ROUGH = tuple(replace(prior, length=0.2) for prior in PLAIN)

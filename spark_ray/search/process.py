@@ -230,6 +230,7 @@ class Prior:
     drift: float = 0.02
     length: float = 0.7
     spread: float = 1.0
+    drift_spread: float = 1.0
     noise_spread: float = 0.6  # few values that happen to lie smoothly are no proof of little noise
     length_spread: float = 0.6
     turned: Turned | None = None
@@ -245,7 +246,7 @@ class Prior:
             (self.length,) * cube,
             self.turned,
         )
-        spreads = [2 * self.spread] * (VARIANCES - 1) + [2 * self.noise_spread]
+        spreads = [2 * each for each in (self.spread, self.spread, self.drift_spread, self.noise_spread)]
         return kernel, np.array(spreads + [self.length_spread] * cube)
 
 
