@@ -170,10 +170,14 @@ def as_points(found: list[Configuration]) -> Points:
 
 
 def cells(searched: tuple[str, ...]) -> Points:
-    """The held-out configurations: centres of equal cells, so that a share of them is a share of the volume."""
-    axes = [(np.arange(count) + 0.5) / count for count in CELLS[len(searched)]]
-    grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
-    return as_points(configurations(grid, searched))
+    """The held-out configurations: one anywhere in each of equal cells, so that a share of them is a share of the volume.
+
+    Not in their centres: these lie in planes, and a cliff along one of them would have all of it on one side.
+    """
+    counts = CELLS[len(searched)]
+    corners = np.stack([axis.ravel() for axis in np.meshgrid(*map(np.arange, counts), indexing="ij")], axis=1)
+    within = np.random.default_rng(0).random(corners.shape)
+    return as_points(configurations((corners + within) / counts, searched))
 
 
 # ---- the makers ---------------------------------------------------------------------------------------------
