@@ -79,14 +79,14 @@ METHODS: dict[str, Method] = {
     "random": Method(_rival(rivals.random), 20),
     "qmc": Method(_rival(rivals.qmc), 20),
     "tpe": Method(_rival(rivals.tpe), 20),
-    "optuna_gp": Method(_rival(rivals.optuna_gp), 8, blocks=56),  # its asks grow too slow for more
+    "optuna_gp": Method(_rival(rivals.optuna_gp), 8, blocks=search_tables.CUT["optuna_gp"]),
     "grid": Method(None, 8),
     "bisection": Method(_rival(rivals.Bisection), 20, dimensions=(1,)),
     "monotonic": Method(_rival(rivals.Monotonic), 20, dimensions=(1,)),
     "smooth_isotonic": Method(_rival(rivals.SmoothIsotonic), 20, dimensions=(1,)),
     "qmc_our_map": Method(_rival(rivals.qmc, ours.LawMap), 8),
     "ours_no_law": Method(ours.without_law, 8, dimensions=(3,)),
-    "ours": Method(ours.with_law, 10, stops=True),
+    "ours": Method(ours.with_law, 8, stops=True),
     "ours_8_slots": Method(ours.with_law, 8, slots=8, only=SEVERAL_SLOTS),
 }
 

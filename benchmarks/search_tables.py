@@ -18,7 +18,7 @@ Paths = dict[tuple[str, str], list[Path_]]
 """Checkpoints of every seed, by method and landscape."""
 
 OPTUNA = ("random", "qmc", "tpe", "optuna_gp")
-CUT = {"optuna_gp": 80}
+CUT = {"optuna_gp": 40}  # blocks, for its time: its asks grow slow, and all is to take 90 minutes
 BUDGET = 150
 NULLS = ("null", "near_null")
 FLOOR_SEED = 100

@@ -35,11 +35,9 @@ import signal
 import sys
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
-CLONE_NEWNS = 0x20000
 CLONE = {"cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "pid": 0x20000000, "net": 0x40000000}
-ATTR_READ_ONLY, ATTR_NOSUID = 1, 2
+ATTR_READ_ONLY, ATTR_NOSUID, CLONE_NEWNS, PR_SET_PDEATHSIG = 1, 2, 0x20000, 1
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # the same number on every architecture; Linux 5.12
-PR_SET_PDEATHSIG = 1
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 SHM_BYTES = 64 << 20  # Docker's default, so that the step to docker does not change it
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
