@@ -49,7 +49,7 @@ STEP_LENGTH = 0.08
 """On a line there are soon enough blocks to see a step."""
 STRICT_FAVOUR = 3.0
 SMOOTH_FAVOUR = 2.0
-"""Natural log of the odds for a smooth residual against a rough one, before the first block."""
+"""Natural logs of the odds for hardly any residual, and for a smooth one, against a rough one, before the first block."""
 PASSES = 3
 NEGLIGIBLE = 0.05
 """The weight below which a process is left out of a mixture."""
