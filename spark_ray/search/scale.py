@@ -1,7 +1,9 @@
 """In which scale capacities are learned. Each family of laws has its own, and its own columns.
 
-a law    z = KV / gain, where the noise is even
-none     z = log KV
+The scale z of a capacity KV is
+
+    a law    z = KV / gain, where the noise is even
+    none     z = log KV
 """
 
 from __future__ import annotations
