@@ -66,7 +66,7 @@ def _engine(seen: Evidence) -> Iterator[Finding]:
 def _completeness(seen: Evidence) -> Iterator[Finding]:
     wanted = at(seen.plan, "experiment", "search", "blocks")
     done = seen.counted["block_id"].nunique()
-    if isinstance(wanted, int) and done < wanted:
+    if isinstance(wanted, int) and done < wanted and not seen.ended:
         yield Finding("doubt", f"Only {done} of {plural(wanted, 'block')} are complete.")
     both = seen.pairs[(seen.pairs["arm"] == seen.against) & seen.pairs["contrast"].notna()]
     if len(both) < 2:

@@ -65,6 +65,15 @@ class Analysis:
         return "DOUBLE" if self.is_double else "SIMULATED" if self.is_simulated else ""
 
     @property
+    def map_is_known(self) -> bool:
+        """Whether the search of a map ended by itself: as well known as asked for, blocks may be left."""
+        if self.map is None or at(self.plan, "experiment", "search", "sampler") != "map":
+            return False
+        from . import map_table  # whoever has no map need not wait for its libraries
+
+        return isinstance(self.map, map_table.Map) and self.map.decision.stop
+
+    @property
     def noise_floor(self) -> float | None:
         """Outer end of the interval of an arm that equals the baseline in everything; None where the run has none."""
         return noise.floor(list(self.twins))
@@ -100,18 +109,20 @@ def analyse(store: Store, *, with_map: bool = False) -> Analysis:
     properties = fingerprint.compare(records, arms)
     rivals = fingerprint.rivals(properties, arms, baseline, against)
     twins = tuple(noise.twins(trials, pairs, baseline))
-    seen = Evidence(plan, trials, pairs, samples, arms, baseline, against, len(rivals), bool(twins))
     climbed = ladder.climb(plan, trials, arms)
     found = Analysis(
-        plan, trials, phases, samples, pairs, comparisons, tuple(properties), tuple(rivals), tuple(audit.findings(seen)),
+        plan, trials, phases, samples, pairs, comparisons, tuple(properties), tuple(rivals), (),
         climbed, predictions.judge_all(plan, trials, baseline), twins, arms, baseline, against,
     )  # fmt: skip
     if climbed is not None:
         marked = climbed.pairs.assign(simulated=found.is_simulated, engine_is_double=found.is_double)
         marked.to_parquet(store.folder / "ladder.parquet", index=False)
     if with_map or at(plan, "experiment", "search", "sampler") == "map":
-        return replace(found, map=_map(store, found))
-    return found
+        found = replace(found, map=_map(store, found))
+    seen = Evidence(
+        plan, trials, pairs, samples, arms, baseline, against, len(rivals), bool(twins), found.map_is_known
+    )
+    return replace(found, findings=tuple(audit.findings(seen)))
 
 
 def _map(store: Store, found: Analysis) -> Map | NoMap:

@@ -361,11 +361,11 @@ def test_a_group_that_exists_is_not_taken_over():
 
 @pytest.mark.root
 def test_every_way_is_tried_for_real_and_nothing_lasts(tmp_path):
-    mounts = Path("/proc/self/mountinfo").read_text()
     failed = RootActs().isolation(tmp_path)
     assert failed.keys() <= isolated.SWITCHES.keys()
     assert all(failed.values())
-    assert Path("/proc/self/mountinfo").read_text() == mounts
+    # Containers of others may come and go meanwhile: all that is tried here is below tmp_path.
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert list(tmp_path.iterdir()) == []
     assert f"probe-{os.getpid()}" not in groups_of(tmp_path)
 

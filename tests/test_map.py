@@ -382,6 +382,8 @@ def test_a_run_with_too_few_blocks_says_that_it_has_no_map_yet(few_blocks):
         "missing": "too few of its 2 complete blocks have a number of both arms"
     }
     assert not (few_blocks / map_table.FILE).exists()
+    findings = json.loads((few_blocks / "summary.json").read_text())["findings"]
+    assert {"severity": "doubt", "sentence": "Only 2 of 10 blocks are complete."} in findings
 
 
 @pytest.mark.browser

@@ -16,6 +16,7 @@ from rich.console import Console
 from test_execute import ScriptedSlot, Silent
 from threadpoolctl import threadpool_info
 
+from analysis.run import analyse
 from spark_ray import mapping, power
 from spark_ray.drive import Drive
 from spark_ray.experiment import Experiment
@@ -241,6 +242,9 @@ def test_a_simulated_map_ends_by_itself_and_says_why(tmp_path):
     assert "SIMULATED map: " in done.stdout
     assert "b0007 SIMULATED map: " in done.stdout
     assert json.loads(spark_ray("status", folder, "--json").stdout)["map"]["stop"] is True
+    found = analyse(store)
+    assert found.map_is_known
+    assert not [each for each in found.findings if "are complete" in each.sentence], "the rest was not needed"
     again = run_without_report(path, "--out", folder, "--resume")
     assert (again.returncode, why in again.stdout) == (0, True), again.stderr
     assert "preparing" not in again.stdout
