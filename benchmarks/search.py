@@ -19,9 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import landscapes
@@ -86,7 +87,7 @@ METHODS: dict[str, Method] = {
     "smooth_isotonic": Method(_rival(rivals.SmoothIsotonic), 20, dimensions=(1,)),
     "qmc_our_map": Method(_rival(rivals.qmc, ours.LawMap), 8),
     "ours_no_law": Method(ours.without_law, 8, dimensions=(3,)),
-    "ours": Method(ours.with_law, 8, stops=True),
+    "ours": Method(ours.with_law, 10, stops=True),
     "ours_8_slots": Method(ours.with_law, 8, slots=8, only=SEVERAL_SLOTS),
 }
 
@@ -96,6 +97,7 @@ METHODS: dict[str, Method] = {
 
 def execute(name: str, landscape_name: str, seed: int, blocks: int | None = None) -> dict[str, Any]:
     """One cell, as it is stored."""
+    began = time.process_time()
     method = METHODS[name]
     landscape = landscapes.make(landscape_name, seed)
     if method.start is None:
@@ -103,7 +105,8 @@ def execute(name: str, landscape_name: str, seed: int, blocks: int | None = None
     else:
         path = list(_checkpoints(method, landscape, seed, min(blocks or BLOCKS, method.blocks)))
     rounded = [{key: _rounded(value) for key, value in found.items()} for found in path]
-    return {"method": name, "landscape": landscape_name, "seed": seed, "path": rounded}
+    spent_s = _rounded(time.process_time() - began)
+    return {"method": name, "landscape": landscape_name, "seed": seed, "cpu_s": spent_s, "path": rounded}
 
 
 def _rounded(value: Any) -> Any:
@@ -215,12 +218,18 @@ def _ends_whole(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
+def _end_with_parent() -> None:
+    """A worker whose benchmark was killed would wait for ever."""
+    if (parent := parent_process()) is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def execute_all(
     folder: Path, cells: Sequence[tuple[str, str, int]], blocks: int | None, workers: int
 ) -> list[str]:
     """What failed, by cell; the others go on."""
     began, failed = time.monotonic(), []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
         asked = {pool.submit(execute, *cell, blocks): " ".join(map(str, cell)) for cell in cells}
         try:
             for count, future in enumerate(as_completed(asked), 1):

@@ -310,67 +310,6 @@ def test_a_cap_says_at_least_and_bounds_what_is_predicted():
     assert np.median(error) < 0.01
 
 
-def test_failures_place_the_least_capacity():
-    surrogate = fit(blocks=48, least_gib=14.0)
-    level, sd = surrogate.feasibility[0].level
-    assert abs(level / GIB - 14) < 3 * sd / GIB + 0.5
-    said, true = surrogate.predict(ELSEWHERE), memfree(ELSEWHERE)
-    assert surrogate.feasibility[0].cliff is None
-    for chance, kv in ((said.feasible_a, true[:, 0]), (said.feasible_b, true[:, 1])):
-        assert (chance[kv > 16] > 0.5).all()
-        assert (chance[kv < 12] < 0.5).all()
-
-
-def test_a_failure_with_plenty_of_memory_is_a_cliff_and_leaves_capacity_alone():
-    raw = CUBE.filling(48, 3)
-    fails = CUBE.unit(raw)[:, :2].sum(axis=1) > 1.3
-    blocks = [
-        Observation(each.configuration, (each.kv[0], None if fail else each.kv[1]))
-        for each, fail in zip(measure(memfree, raw), fails, strict=True)
-    ]
-    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
-    said, where = surrogate.predict(ELSEWHERE), CUBE.unit(ELSEWHERE)[:, :2].sum(axis=1)
-    assert (said.feasible_a > 0.9).all()
-    clear = np.abs(where - 1.3) > 0.2
-    assert ((said.feasible_b > 0.5) == (where < 1.3))[clear].mean() > 0.97
-    assert np.median(errors(surrogate, memfree)[0]) < 0.01
-    divergent = Target().divergent(said)
-    assert (divergent[where > 1.6] > 0.9).all()
-
-
-def test_failures_behind_a_cliff_do_not_raise_the_least_capacity():
-    """Where capacity is small beyond the cliff as well, either could have been the cause of each failure."""
-    raw = CUBE.filling(64, 3)
-    fails = CUBE.unit(raw)[:, 1] > 0.7
-    blocks = [
-        Observation(each.configuration, (each.kv[0], None if fail else each.kv[1]))
-        for each, fail in zip(measure(memfree, raw, least_gib=11.0), fails, strict=True)
-    ]
-    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
-    said, true = surrogate.predict(ELSEWHERE), memfree(ELSEWHERE)
-    small = (true[:, 1] > 12) & (true[:, 1] < 15) & (CUBE.unit(ELSEWHERE)[:, 1] < 0.6)
-    assert small.any()
-    assert (said.feasible_b[small] > 0.5).all()
-    beyond = CUBE.unit(ELSEWHERE)[:, 1] > 0.8
-    assert (said.feasible_b[beyond] < 0.5).all()
-
-
-def test_a_limit_on_what_an_arm_may_hold_is_found_by_the_capacity_that_it_would_have():
-    limit_gib = 26.0
-    blocks = [
-        Observation(each.configuration, (each.kv[0], each.kv[1] if each.kv[1] < limit_gib * GIB else None))
-        for each in measure(memfree, CUBE.filling(48, 3))
-    ]
-    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
-    capacity = slice(-4, -2)  # constant and capacity, of the columns that a cliff sees
-    assert capacity in [bend.kernel.doubtful for _, bend in surrogate.feasibility[1].bends]
-    assert sum(weight for weight, _ in surrogate.feasibility[1].bends) == pytest.approx(1)
-    said, kv_gib = surrogate.predict(ELSEWHERE), memfree(ELSEWHERE)[:, 1]
-    clear = np.abs(kv_gib - limit_gib) > 2
-    assert ((said.feasible_b > 0.5) == (kv_gib < limit_gib))[clear].mean() > 0.97
-    assert (said.feasible_a > 0.9).all()
-
-
 def test_without_blocks_of_both_arms_there_is_nothing_to_compare():
     blocks = measure(memfree, CUBE.filling(2, 0))
     with pytest.raises(TooFewBlocks):

@@ -30,6 +30,7 @@ from scipy.special import ndtr
 
 from .. import search_spec
 from .cube import Cube, Floats, Point
+from .feasibility import Capacity
 from .mixture import Mixture
 from .process import Inputs, Process, Said
 from .surrogate import Latent, Prediction, Surrogate, contrast
@@ -191,14 +192,19 @@ def _asked(
     capacities = ((said.kv_a_mean, said.kv_a_sd), (said.kv_b_mean, said.kv_b_sd))
     for arm, (mean, sd) in enumerate(capacities):
         feasibility, right = model.feasibility[arm], model.places(places, mean)
+        left = model.places(candidates, reductions.capacity[arm][0])
         level, cliff = feasibility.chances(right, mean, sd)
         of_arm = partial(_of_arm, arm)
         if target.kind == "optimum":
             best = ndtr((mean - (mean * level * cliff).max()) / np.maximum(sd, 1.0))
             yield 1.0, reductions.share(of_arm, level * cliff * best)
-        yield _open(level, cliff), reductions.share(of_arm, density(mean, sd, feasibility.level[0]))
+        of_level, told = feasibility.level_told(
+            reductions.capacity[arm], feasibility.beside_cliff(left), (mean, sd), cliff
+        )
+        yield of_level * _open(level, cliff), told
+        near = density(mean, sd, feasibility.level[0])
+        yield (1 - of_level) * _open(level, cliff), reductions.share(of_arm, near)
         if feasibility.cliff:
-            left = model.places(candidates, reductions.kv_bytes[arm])
             weight = density(*feasibility.latent(right), 0.0) * level
             share = _Reduction.of(feasibility.cliff, left, right).share(weight)
             yield _open(cliff, level), feasibility.told(left) * share
@@ -242,18 +248,20 @@ class _Reductions:
     common: _Reduction
     difference: _Reduction
     works: tuple[Floats, Floats]
-    kv_bytes: tuple[Floats, Floats]
-    """Of both arms, as predicted for the candidates."""
+    capacity: tuple[Capacity, Capacity]
+    """What a block would read of each arm at the candidates."""
 
     @classmethod
     def of(cls, model: Surrogate, candidates: Floats, places: Floats) -> Self:
         left, right = model.pair.scale.inputs(candidates), model.pair.scale.inputs(places)
         common = _Reduction.of(model.pair.common, left[0], right[0])
         difference = _Reduction.of(model.pair.difference, left[1], right[1])
-        said = model.predict(candidates, model.widened(common.candidates, difference.candidates))
+        latent = model.widened(common.candidates, difference.candidates)
+        said = model.predict(candidates, latent)
+        means, sds = model.moments(candidates, latent, noise=True)
         either = np.maximum(said.feasible_a, said.feasible_b)
         works = either, said.feasible_a * said.feasible_b
-        return cls(model, places, common, difference, works, (said.kv_a_mean, said.kv_b_mean))
+        return cls(model, places, common, difference, works, ((means[0], sds[0]), (means[1], sds[1])))
 
     @cached_property
     def latent(self) -> Latent:

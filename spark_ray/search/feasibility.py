@@ -1,13 +1,14 @@
 """How probably an arm has any capacity at a configuration.
 
 Two causes of failure, told apart by whether the predicted capacity explains it. An engine refuses to start below its *least
-capacity*, one sequence of the longest length: an unknown level, between what failed and what worked. And it may fail at a
-*cliff* of another kind (a kernel's limit, a container's), with plenty of memory. As long as every failure is explained
-there is no cliff.
+capacity*, one sequence of the longest length: an unknown level, the same for both arms, between what failed and what
+worked. And it may fail at a *cliff* of another kind (a kernel's limit, a container's), with plenty of memory. As long as
+every failure is explained there is no cliff.
 
 A cliff is where a latent value is 0: linear over the cube, as a limit is on one knob or on a product of several, or also in
-the predicted capacity, as the limit of a container is on all that is held in it; and bent as little as the blocks allow. A block says only on which side it is, which is one-sided information as that of a cap
-(`one_sided`); so where a few blocks have the cliff between them, its place far away is known too.
+the predicted capacity, as the limit of a container is on all that is held in it; and bent as little as the blocks allow. A
+block says only on which side it is, which is one-sided information as that of a cap (`one_sided`); so where a few blocks
+have the cliff between them, its place far away is known too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .process import JITTER, Hyperparameters, Inputs, MapKernel, Process
 
 Mask = NDArray[np.bool_]
 Bends = tuple[tuple[float, Hyperparameters], ...]
+Capacity = tuple[Floats, Floats]
+"""Means and standard deviations, bytes."""
 
 BENDS = (0.05, 0.2, 1.0)
 """Standard deviations of a cliff's latent value around a plane; a plane's own is 1 for each axis, and so for 0.3 of its range."""
@@ -35,9 +38,13 @@ AXES_FAVOUR = 1.5
 """Natural log of the odds for a cliff along the axes alone, before the first block."""
 PASSES = 12
 DAMPING = 0.6
-LEVELS = 48
-DECADES = 3
-"""Before any failure, one sequence may be as little as a thousandth of the least capacity that worked."""
+LEVELS = np.concatenate([np.logspace(-3, np.log10(0.5), 32, endpoint=False), np.linspace(0.5, 1, 96)])
+"""What the least capacity may be, over the least that worked: before any failure, a thousandth; fine where failures end up."""
+LEVELS_PRIOR = np.gradient(np.log(LEVELS)) / np.gradient(np.log(LEVELS)).sum()
+"""Any order of magnitude is as likely as another."""
+NEGLIGIBLE = 1e-4
+"""Levels with less than this share of the largest weight are left out."""
+NOTHING = 1e-12
 MISTAKE = 0.02
 UNEXPLAINED = 0.05
 CAUSES = 3
@@ -59,7 +66,7 @@ class Feasibility:
         learned: Bends,
     ) -> Feasibility:  # fmt: skip
         """From blocks: mean and sd are what is predicted for them, noise included."""
-        level_bytes = least_bytes * np.logspace(-DECADES, 0, LEVELS)
+        level_bytes = least_bytes * LEVELS
         below = ndtr((level_bytes[:, None] - mean_bytes[failed]) / np.maximum(sd_bytes[failed], 1.0))
         otherwise = np.full(below.shape[1], MISTAKE)
         found = cls(level_bytes, _weights(below, otherwise), (), ())
@@ -75,7 +82,7 @@ class Feasibility:
             found = replace(
                 found, bends=bends, cliffs=tuple(_settled(each, inputs[says], sides) for _, each in bends)
             )
-            otherwise = np.maximum(1 - found._beside_cliff(inputs[failed]), MISTAKE)
+            otherwise = np.maximum(1 - found.beside_cliff(inputs[failed]), MISTAKE)
             found = replace(found, weights=_weights(below, otherwise))
         return found
 
@@ -85,13 +92,45 @@ class Feasibility:
         mean = float(self.weights @ self.level_bytes)
         return mean, float(np.sqrt(self.weights @ (self.level_bytes - mean) ** 2))
 
+    def sharing(self, other: Feasibility) -> Feasibility:
+        """With the least capacity as both arms know it: one sequence is as large in either."""
+        weights = self.weights * other.weights / LEVELS_PRIOR
+        kept = weights > NEGLIGIBLE * weights.max()
+        return replace(self, level_bytes=self.level_bytes[kept], weights=weights[kept] / weights[kept].sum())
+
     def chances(self, inputs: Inputs, mean_bytes: Floats, sd_bytes: Floats) -> tuple[Floats, Floats]:
         """That the capacity is enough, and that no cliff forbids it."""
-        enough = ndtr((mean_bytes[:, None] - self.level_bytes) / np.maximum(sd_bytes, 1.0)[:, None])
-        level = np.minimum(enough @ self.weights, 1.0)  # weights add up to 1 but for rounding
-        return level, self._beside_cliff(inputs)
+        level = self._enough(mean_bytes, sd_bytes) @ self.weights
+        return np.minimum(level, 1.0), self.beside_cliff(inputs)  # weights add up to 1 but for rounding
 
-    def _beside_cliff(self, inputs: Inputs) -> Floats:
+    def _enough(self, mean_bytes: Floats, sd_bytes: Floats) -> Floats:
+        """The chance that a capacity is enough under each level, (n, levels)."""
+        return np.asarray(ndtr((mean_bytes[:, None] - self.level_bytes) / np.maximum(sd_bytes, 1.0)[:, None]))
+
+    def level_told(
+        self, candidates: Capacity, possible: Floats, places: Capacity, weight: Floats
+    ) -> tuple[float, Floats]:
+        """What is open about where capacity is enough, as the level is unknown, and how much of that a block takes away.
+
+        Args:
+            candidates: With a block's noise.
+            possible: The chance that no cliff forbids each candidate.
+            places: Where capacity is to be enough.
+            weight: Of each place.
+
+        Returns:
+            Two shares of variances of works-or-not: the level's of all, and by candidate what it tells of the level's.
+        """
+        works, is_enough = self._enough(*candidates), self._enough(*places)
+        chance, mean = possible * (works @ self.weights), is_enough @ self.weights
+        away = is_enough - mean[:, None]
+        shared = possible[:, None] * ((works * self.weights) @ away.T)
+        own = float(np.square(away) @ self.weights @ weight)
+        told = np.square(shared) @ weight / np.maximum(chance * (1 - chance), NOTHING)
+        whole = float(np.maximum(mean * (1 - mean), 0.0) @ weight)
+        return min(1.0, own / max(whole, NOTHING)), told / max(own, NOTHING)
+
+    def beside_cliff(self, inputs: Inputs) -> Floats:
         """The chance that no cliff forbids it."""
         if self.cliff is None:
             return np.ones(len(inputs))
@@ -117,7 +156,7 @@ class Feasibility:
 def _weights(below: Floats, otherwise: Floats) -> Floats:
     """Of each level, by how well it explains the failures (levels, failed), each of which may `otherwise` have another cause."""
     likelihood = np.log(otherwise + (1 - otherwise) * below).sum(axis=1)
-    weights = np.exp(likelihood - likelihood.max())
+    weights = LEVELS_PRIOR * np.exp(likelihood - likelihood.max())
     return np.asarray(weights / weights.sum())
 
 

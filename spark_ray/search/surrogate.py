@@ -136,7 +136,7 @@ class Surrogate:
     ) -> Prediction:
         """`latent` is what `latent` says of the same configurations, if that is known already."""
         raw = self.cube.raw(configurations)
-        mean, sd = self._moments(raw, latent or self.latent(raw))
+        mean, sd = self.moments(raw, latent or self.latent(raw))
         chances = [
             np.prod(each.chances(self.places(raw, mean[arm]), mean[arm], sd[arm]), axis=0)
             for arm, each in enumerate(self.feasibility)
@@ -154,7 +154,7 @@ class Surrogate:
         _, of_row, counts = np.unique(self.pair.raw, axis=0, return_inverse=True, return_counts=True)
         return np.asarray((self.pair.doubt > DOUBTED) & (counts[of_row.ravel()] == 1))
 
-    def _moments(self, raw: Floats, latent: Latent, *, noise: bool = False) -> tuple[Floats, Floats]:
+    def moments(self, raw: Floats, latent: Latent, *, noise: bool = False) -> tuple[Floats, Floats]:
         """Mean and standard deviation of both capacities and the contrast, (3, n), by Gauss-Hermite quadrature."""
         means, sds = latent
         if noise:
@@ -232,14 +232,15 @@ def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) ->
     )
     largest = max(float(np.nanmax(data.kv_bytes)), 1.0)
     found = Surrogate(cube, seed, len(data.raw), pair, (baseline, against), _widening(pair), largest, ())
-    mean, sd = found._moments(data.raw, found.latent(data.raw), noise=True)
+    mean, sd = found.moments(data.raw, found.latent(data.raw), noise=True)
     feasibility = [
         Feasibility.fit(
-            found.places(data.raw, mean[arm]), data.failed[:, arm], data.floor_bytes[arm], mean[arm], sd[arm], cliffs[arm]
+            found.places(data.raw, mean[arm]), data.failed[:, arm], data.floor_bytes.min(), mean[arm], sd[arm], cliffs[arm]
         )
         for arm in (0, 1)
     ]  # fmt: skip
-    return replace(found, feasibility=tuple(feasibility))
+    one, other = feasibility
+    return replace(found, feasibility=(one.sharing(other), other.sharing(one)))
 
 
 def _widening(pair: Pair) -> tuple[float, float]:

@@ -1,0 +1,149 @@
+"""Where arms work at all: the least capacity, cliffs, and what a further block would tell of either."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_surrogate import CUBE, ELSEWHERE, GIB, SPACE, errors, fit, measure, memfree
+
+from spark_ray.search import acquire
+from spark_ray.search.feasibility import Feasibility
+from spark_ray.search.surrogate import Observation, Surrogate
+from spark_ray.search.target import Target
+
+
+def test_failures_place_the_least_capacity():
+    surrogate = fit(blocks=48, least_gib=14.0)
+    level, sd = surrogate.feasibility[0].level
+    assert abs(level / GIB - 14) < 3 * sd / GIB
+    assert sd < 0.3 * GIB, "as near as the blocks on both sides of it, of either arm"
+    said, true = surrogate.predict(ELSEWHERE), memfree(ELSEWHERE)
+    assert surrogate.feasibility[0].cliff is None
+    for chance, kv in ((said.feasible_a, true[:, 0]), (said.feasible_b, true[:, 1])):
+        assert (chance[kv > 16] > 0.5).all()
+        assert (chance[kv < 12] < 0.5).all()
+
+
+def test_a_failure_with_plenty_of_memory_is_a_cliff_and_leaves_capacity_alone():
+    raw = CUBE.filling(48, 3)
+    fails = CUBE.unit(raw)[:, :2].sum(axis=1) > 1.3
+    blocks = [
+        Observation(each.configuration, (each.kv[0], None if fail else each.kv[1]))
+        for each, fail in zip(measure(memfree, raw), fails, strict=True)
+    ]
+    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
+    said, where = surrogate.predict(ELSEWHERE), CUBE.unit(ELSEWHERE)[:, :2].sum(axis=1)
+    assert (said.feasible_a > 0.8).all(), "least where there is less capacity than ever worked"
+    assert np.mean(said.feasible_a) > 0.99
+    clear = np.abs(where - 1.3) > 0.2
+    assert ((said.feasible_b > 0.5) == (where < 1.3))[clear].mean() > 0.97
+    assert np.median(errors(surrogate, memfree)[0]) < 0.01
+    divergent = Target().divergent(said)
+    assert (divergent[where > 1.6] > 0.75).all()
+
+
+def test_failures_behind_a_cliff_do_not_raise_the_least_capacity():
+    """Where capacity is small beyond the cliff as well, either could have been the cause of each failure."""
+    raw = CUBE.filling(64, 3)
+    fails = CUBE.unit(raw)[:, 1] > 0.7
+    blocks = [
+        Observation(each.configuration, (each.kv[0], None if fail else each.kv[1]))
+        for each, fail in zip(measure(memfree, raw, least_gib=11.0), fails, strict=True)
+    ]
+    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
+    said, true = surrogate.predict(ELSEWHERE), memfree(ELSEWHERE)
+    small = (true[:, 1] > 12) & (true[:, 1] < 15) & (CUBE.unit(ELSEWHERE)[:, 1] < 0.6)
+    assert small.any()
+    assert (said.feasible_b[small] > 0.5).all()
+    beyond = CUBE.unit(ELSEWHERE)[:, 1] > 0.8
+    assert (said.feasible_b[beyond] < 0.5).all()
+
+
+def test_a_limit_on_what_an_arm_may_hold_is_found_by_the_capacity_that_it_would_have():
+    limit_gib = 26.0
+    blocks = [
+        Observation(each.configuration, (each.kv[0], each.kv[1] if each.kv[1] < limit_gib * GIB else None))
+        for each in measure(memfree, CUBE.filling(48, 3))
+    ]
+    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
+    capacity = slice(-4, -2)  # constant and capacity, of the columns that a cliff sees
+    assert capacity in [bend.kernel.doubtful for _, bend in surrogate.feasibility[1].bends]
+    assert sum(weight for weight, _ in surrogate.feasibility[1].bends) == pytest.approx(1)
+    said, kv_gib = surrogate.predict(ELSEWHERE), memfree(ELSEWHERE)[:, 1]
+    clear = np.abs(kv_gib - limit_gib) > 2
+    assert ((said.feasible_b > 0.5) == (kv_gib < limit_gib))[clear].mean() > 0.97
+    assert (said.feasible_a > 0.9).all()
+
+
+# ---- what a block tells of the least capacity
+
+
+def of_levels(*levels_gib):
+    levels = np.array(levels_gib, dtype=float)
+    return Feasibility(levels * GIB, np.full(len(levels), 1 / len(levels)), (), ())
+
+
+def known(*kv_gib):
+    return np.array(kv_gib, dtype=float) * GIB, np.full(len(kv_gib), 1e-6 * GIB)
+
+
+def test_what_a_block_tells_of_the_level_is_what_it_leaves_open_less():
+    """Against counting: each level in turn is the true one, the block says on which side it is."""
+    levels = np.arange(1.0, 9.0)
+    places = np.arange(1.5, 9.5)
+    found = of_levels(*levels)
+    tried = np.array([0.5, 2.5, 4.5, 6.5, 9.5])
+    of_level, told = found.level_told(
+        known(*tried), np.ones(len(tried)), known(*places), np.ones(len(places))
+    )
+    assert of_level == pytest.approx(1, abs=1e-6), "all is open since the level is unknown, nothing for noise"
+    enough = (places[:, None] > levels).astype(float)
+    for kv, share in zip(tried, told, strict=True):
+        sides = [kv > levels, kv <= levels]
+        left = sum(enough[:, side].var(axis=1).sum() * side.mean() for side in sides if side.any())
+        assert share == pytest.approx(1 - left / enough.var(axis=1).sum(), abs=1e-6)
+    assert np.argmax(told) == 2, "halving"
+
+
+def test_a_block_behind_a_cliff_tells_less_of_the_level():
+    found, places = of_levels(*np.arange(1.0, 9.0)), known(*np.arange(1.5, 9.5))
+    _, told = found.level_told(known(4.5, 4.5, 4.5), np.array([1.0, 0.5, 0.0]), places, np.ones(8))
+    assert told[0] > told[1] > told[2] == 0
+
+
+def test_where_capacity_itself_is_unknown_that_is_what_is_open():
+    found = of_levels(3.9, 4.1)
+    wide = np.array([4.0, 4.5]) * GIB, np.array([2.0, 2.0]) * GIB
+    assert found.level_told(wide, np.ones(2), wide, np.ones(2))[0] < 0.1
+
+
+def test_both_arms_know_the_level_together():
+    """One fails at 6 GiB, the other at 9; both work from 10 on."""
+    inputs = fit().places(CUBE.filling(1, 3), np.array([1.0]))
+    one, other = (
+        Feasibility.fit(inputs, np.array([True]), 10.0 * GIB, *known(failed_gib), ()) for failed_gib in (6, 9)
+    )
+    assert one.level[0] < 9 * GIB
+    shared = one.sharing(other)
+    assert shared.level == other.sharing(one).level
+    assert 9 * GIB < shared.level[0] < 10 * GIB
+    assert shared.weights.sum() == pytest.approx(1)
+    alone = one.sharing(Feasibility.fit(inputs, np.array([False]), 10.0 * GIB, *known(20), ()))
+    (
+        np.testing.assert_allclose(alone.level, one.level, rtol=1e-3),
+        "an arm that never failed says nothing more",
+    )
+
+
+def test_the_search_asks_between_what_failed_and_what_worked():
+    """With a map of capacity that is known, and only the least capacity open, between 11 and 15 GiB."""
+    raw = CUBE.filling(64, 3)
+    kv = memfree(raw)
+    far = ((kv < 11) | (kv > 15)).all(axis=1)
+    blocks = measure(memfree, raw[far], noise_gib=0.05, least_gib=13.0)
+    surrogate = Surrogate.fit(SPACE, blocks, seed=3)
+    assert surrogate.feasibility[0].level[1] > 0.5 * GIB
+    places, candidates = CUBE.filling(512, 0), CUBE.filling(256, 5)
+    gains = acquire.gain(surrogate, Target("boundary"), candidates, places)
+    nearest = memfree(candidates)[np.argmax(gains)]
+    assert ((nearest > 11) & (nearest < 15)).any()
