@@ -306,8 +306,9 @@ def test_tables_are_made_of_whatever_is_there(capsys):
         for seed in (0, 1)
     ]
     # no grid in three dimensions fits into 12 blocks
-    cells.append({"method": "grid", "landscape": "steep_low", "seed": 0, "path": []})
+    cells.append({"method": "grid", "landscape": "steep_low", "seed": 0, "cpu_s": 60.0, "path": []})
     found = search_tables.summary(cells, [])
+    assert found["cpu_s"]["grid"] >= 60
     assert "steep_low" not in found["rows"]
     search_tables.show(found)
     printed = capsys.readouterr().out
@@ -326,7 +327,10 @@ def cells(method, first, landscape="steep_low"):
         | {"contrast_interval_score": 0.01, "capacity_interval_score": 0.01}
         for row in path(*(n >= first for n in range(8, 150, 2)))
     ]
-    return [{"method": method, "landscape": landscape, "seed": seed, "path": rows} for seed in range(5)]
+    return [
+        {"method": method, "landscape": landscape, "seed": seed, "cpu_s": 1.0, "path": rows}
+        for seed in range(5)
+    ]
 
 
 def test_aims_compare_ours_with_the_best_optuna_sampler():
@@ -338,6 +342,13 @@ def test_aims_compare_ours_with_the_best_optuna_sampler():
     assert found["rows"]["steep_low"]["methods"]["ours"]["n80"] == 10
     assert "over 2 x floor + 8 blocks, the worst: 0.714 (steep_low; 1 of 1 landscapes within)" in lines
     assert "ask and tell at 200 blocks, mean: 0.1 s" in lines
+
+
+def test_what_nobody_reaches_counts_and_is_told_apart():
+    nobody = cells("ours", 1000, "steep_high") + cells("qmc", 1000, "steep_high")
+    lines = search_tables.summary(cells("ours", 10) + cells("qmc", 40) + nobody, [0.1])["aims"]
+    assert any("geometric mean: 0.5 (on 1 of 2 no Optuna sampler" in line for line in lines)
+    assert "... geometric mean without steep_high, which nobody maps with 150 blocks: 0.25" in lines
 
 
 def test_a_budget_that_was_spent_meets_no_aim():
