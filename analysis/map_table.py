@@ -116,8 +116,8 @@ class Map:
         """The space in which the baseline alone, and the other arm alone, has any capacity."""
         said = self.filling[1]
         return (
-            Share.of(said.feasible_a * (1 - said.feasible_b)),
-            Share.of(said.feasible_b * (1 - said.feasible_a)),
+            Share.of(said.feasible_a - said.feasible_both),
+            Share.of(said.feasible_b - said.feasible_both),
         )
 
     def configurations(self, raw: Floats) -> list[Configuration]:

@@ -135,6 +135,37 @@ def test_both_arms_know_the_level_together():
     )
 
 
+def test_both_arms_fail_together_as_often_as_drawing_says():
+    surrogate = fit(blocks=16, least_gib=14.0)
+    (common, difference), sds = surrogate.latent(ELSEWHERE)
+    level = surrogate.feasibility[0]
+    assert not level.cliffs
+    draw = np.random.default_rng(0)
+    z = draw.standard_normal((2, 4000, 1))
+    kv = surrogate.kv_bytes(common + z[0] * sds[0], difference + z[1] * sds[1], ELSEWHERE)
+    works = np.stack(kv) > draw.choice(level.level_bytes, size=(4000, 1), p=level.weights)
+    said = surrogate.predict(ELSEWHERE)
+    np.testing.assert_allclose(said.feasible_both, works.all(axis=0).mean(axis=0), atol=0.05)
+    alone = said.feasible_a + said.feasible_b - 2 * said.feasible_both
+    np.testing.assert_allclose(alone, (works[0] != works[1]).mean(axis=0), atol=0.07)
+
+
+def test_arms_that_are_equal_do_not_diverge_where_the_least_capacity_is_unknown():
+    def twins(raw):
+        return np.repeat(memfree(raw)[:, :1], 2, axis=1)
+
+    surrogate = Surrogate.fit(
+        SPACE, measure(twins, CUBE.filling(16, 3), noise_gib=0.1, least_gib=20.0), seed=3
+    )
+    said = surrogate.predict(CUBE.filling(1024, 7))
+    doubtful = (said.feasible_a > 0.2) & (said.feasible_a < 0.8)
+    assert doubtful.any()
+    independent = said.feasible_a * (1 - said.feasible_b) + said.feasible_b * (1 - said.feasible_a)
+    assert (independent[doubtful] > 0.3).all()
+    assert Target().divergent(said)[doubtful].max() < 0.25
+    assert Target("boundary").divergent(said)[doubtful].max() < 0.25
+
+
 def test_the_search_asks_between_what_failed_and_what_worked():
     """With a map of capacity that is known, and only the least capacity open, between 11 and 15 GiB."""
     raw = CUBE.filling(64, 3)

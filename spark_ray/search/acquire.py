@@ -182,7 +182,7 @@ def _asked(
     model: Surrogate, target: Target, said: Prediction, reductions: _Reductions, candidates: Floats, places: Floats
 ) -> Iterator[tuple[float, Floats]]:  # fmt: skip
     """Each part of the question: how much of it is open, and the share of that which each candidate takes away."""
-    both = said.feasible_a * said.feasible_b
+    both = said.feasible_both
     if target.kind == "contrast":
         yield 1.0, reductions.share(contrast, both)
     if target.kind == "level_set":
@@ -260,7 +260,7 @@ class _Reductions:
         said = model.predict(candidates, latent)
         means, sds = model.moments(candidates, latent, noise=True)
         either = np.maximum(said.feasible_a, said.feasible_b)
-        works = either, said.feasible_a * said.feasible_b
+        works = either, said.feasible_both
         return cls(model, places, common, difference, works, ((means[0], sds[0]), (means[1], sds[1])))
 
     @cached_property

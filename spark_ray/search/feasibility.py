@@ -100,8 +100,11 @@ class Feasibility:
 
     def chances(self, inputs: Inputs, mean_bytes: Floats, sd_bytes: Floats) -> tuple[Floats, Floats]:
         """That the capacity is enough, and that no cliff forbids it."""
-        level = self._enough(mean_bytes, sd_bytes) @ self.weights
-        return np.minimum(level, 1.0), self.beside_cliff(inputs)  # weights add up to 1 but for rounding
+        return self.enough(mean_bytes, sd_bytes), self.beside_cliff(inputs)
+
+    def enough(self, mean_bytes: Floats, sd_bytes: Floats) -> Floats:
+        chance = self._enough(mean_bytes, sd_bytes) @ self.weights
+        return np.minimum(chance, 1.0)  # weights add up to 1 but for rounding
 
     def _enough(self, mean_bytes: Floats, sd_bytes: Floats) -> Floats:
         """The chance that a capacity is enough under each level, (n, levels)."""

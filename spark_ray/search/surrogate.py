@@ -40,6 +40,8 @@ LAW_TERMS = 4
 
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 NODES = np.stack(np.meshgrid(_NODES, _NODES), axis=-1).reshape(-1, 2)
+SMALLER = 3
+"""Of both capacities, among the moments."""
 NODE_WEIGHTS = np.outer(_NODE_WEIGHTS, _NODE_WEIGHTS).ravel() / _NODE_WEIGHTS.sum() ** 2
 
 
@@ -67,6 +69,8 @@ class Prediction:
     contrast_sd: Floats
     feasible_a: Floats
     feasible_b: Floats
+    feasible_both: Floats
+    """Not the product: both arms have about as much, and need the same least capacity."""
 
 
 Latent = tuple[Floats, Floats]
@@ -137,11 +141,14 @@ class Surrogate:
         """`latent` is what `latent` says of the same configurations, if that is known already."""
         raw = self.cube.raw(configurations)
         mean, sd = self.moments(raw, latent or self.latent(raw))
-        chances = [
-            np.prod(each.chances(self.places(raw, mean[arm]), mean[arm], sd[arm]), axis=0)
+        arms = [
+            each.chances(self.places(raw, mean[arm]), mean[arm], sd[arm])
             for arm, each in enumerate(self.feasibility)
         ]
-        return Prediction(mean[0], sd[0], mean[1], sd[1], mean[2], sd[2], *chances)
+        a, b = (level * cliff for level, cliff in arms)
+        smaller = self.feasibility[0].enough(mean[SMALLER], sd[SMALLER]) * arms[0][1] * arms[1][1]
+        both = np.clip(smaller, np.maximum(a + b - 1, 0), np.minimum(a, b))
+        return Prediction(mean[0], sd[0], mean[1], sd[1], mean[2], sd[2], a, b, both)
 
     def places(self, raw: Floats, kv_bytes: Floats) -> Inputs:
         """Where they are, as a cliff sees it: the axes, a constant, and the capacity that an arm is predicted to have."""
@@ -155,14 +162,14 @@ class Surrogate:
         return np.asarray((self.pair.doubt > DOUBTED) & (counts[of_row.ravel()] == 1))
 
     def moments(self, raw: Floats, latent: Latent, *, noise: bool = False) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of both capacities and the contrast, (3, n), by Gauss-Hermite quadrature."""
+        """Mean and standard deviation of both capacities, the contrast and the smaller capacity, (4, n), by Gauss-Hermite quadrature."""
         means, sds = latent
         if noise:
             of_both = [[self.pair.common.noise_variance], [self.pair.difference.noise_variance]]
             sds = np.sqrt(sds**2 + np.array(of_both))
         z = means[:, None] + NODES.T[:, :, None] * sds[:, None]
         kv = self.kv_bytes(z[0], z[1], raw)
-        values = np.stack([*kv, contrast(*kv)])
+        values = np.stack([*kv, contrast(*kv), np.minimum(*kv)])
         mean = np.einsum("n,vnr->vr", NODE_WEIGHTS, values)
         return mean, np.sqrt(np.einsum("n,vnr->vr", NODE_WEIGHTS, (values - mean[:, None]) ** 2))
 

@@ -31,11 +31,11 @@ class Target:
 
     def divergent(self, said: Prediction, widening: float = 1.0) -> Floats:
         """The chance that arms diverge: one alone works, or both and the contrast is above the margin."""
-        one_alone = said.feasible_a * (1 - said.feasible_b) + said.feasible_b * (1 - said.feasible_a)
+        one_alone = said.feasible_a + said.feasible_b - 2 * said.feasible_both
         if self.kind == "boundary":
             return one_alone
         above = ndtr((said.contrast_mean - self.margin) / _positive(widening * said.contrast_sd))
-        return np.asarray(one_alone + said.feasible_a * said.feasible_b * above)
+        return np.asarray(one_alone + said.feasible_both * above)
 
     def misclassified(self, said: Prediction, widening: float = 1.0) -> Floats:
         """The chance that calling each place by what is more probable is wrong."""
