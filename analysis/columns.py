@@ -100,6 +100,7 @@ MAP = {
     "kv_ARM_mean_bytes": "expected KV capacity if the arm works; throughput_ARM_mean_tokens_per_s where that was mapped",
     "kv_ARM_sd_bytes": "how unsure that is, without the noise of a single trial",
     "feasible_ARM": "how probably the arm has any capacity, 0 to 1",
+    "feasible_both": "how probably both have: not the product, as they need the same least capacity",
     "contrast_mean": "expected 1 − KV(against) / KV(baseline), if both work",
     "contrast_sd": "how unsure that is",
     "divergence_probability": "how probably the contrast exceeds the margin, or one arm alone works (target boundary: the latter); bands as wide as the stopping rule has them",

@@ -32,7 +32,7 @@ class Evidence:
     against: str
     rivals: int  # unexpected differences between the compared arms' fingerprints
     twins: bool = False  # whether an arm equals the baseline in everything
-    ended: bool = False  # whether the search ended by itself, before its blocks were spent
+    ended: bool = False  # whether the search needs no further block, though some may be left
 
     @functools.cached_property
     def counted(self) -> pd.DataFrame:

@@ -142,8 +142,8 @@ def _alone(found: Map, panel: _Panel, style: Style) -> list[go.Heatmap]:
     """Where one arm alone probably works, in its colour."""
     said = panel.said
     drawn = []
-    for arm, own, other in zip(found.arms, (said.feasible_a, said.feasible_b), (said.feasible_b, said.feasible_a), strict=True):  # fmt: skip
-        alone = (own > EVEN_CHANCE) & (other <= EVEN_CHANCE)
+    for arm, own in zip(found.arms, (said.feasible_a, said.feasible_b), strict=True):
+        alone = own - said.feasible_both > EVEN_CHANCE
         if alone.any():
             colour = style.colour(arm)
             drawn.append(go.Heatmap(
@@ -228,7 +228,7 @@ def contrast_heatmaps(found: Map, style: Style) -> Figure:
     shown: list[Floats] = []
     for column, panel in enumerate(panels, start=1):
         said = panel.said
-        works = (said.feasible_a > EVEN_CHANCE) & (said.feasible_b > EVEN_CHANCE) & runnable(found.cube, panel.raw)  # fmt: skip
+        works = (said.feasible_both > EVEN_CHANCE) & runnable(found.cube, panel.raw)
         shown.append(said.contrast_mean[works])
         sd = np.maximum(found.decision.widening * said.contrast_sd, 1e-9)
         above = ndtr((said.contrast_mean - found.target.margin) / sd)

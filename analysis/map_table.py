@@ -220,6 +220,7 @@ def table(found: Map, *, simulated: bool, double: bool) -> pd.DataFrame:
     for arm, mean, sd, feasible in of_arms:
         rows[f"{column}_{arm}_mean_{unit}"], rows[f"{column}_{arm}_sd_{unit}"] = mean, sd
         rows[f"feasible_{arm}"] = feasible
+    rows["feasible_both"] = said.feasible_both
     rows["contrast_mean"], rows["contrast_sd"] = said.contrast_mean, said.contrast_sd
     rows["divergence_probability"] = found.chance(said)
     rows["undecided"] = found.undecided(said)

@@ -46,7 +46,7 @@ class Largest:
 
 def largest(found: Map) -> Largest | None:
     raw, said = found.filling
-    both = (said.feasible_a > EVEN_CHANCE) & (said.feasible_b > EVEN_CHANCE)
+    both = said.feasible_both > EVEN_CHANCE
     if not both.any():
         return None
     at = int(np.where(both, np.abs(said.contrast_mean), -1.0).argmax())

@@ -65,8 +65,8 @@ class Analysis:
         return "DOUBLE" if self.is_double else "SIMULATED" if self.is_simulated else ""
 
     @property
-    def map_is_known(self) -> bool:
-        """Whether the search of a map ended by itself: as well known as asked for, blocks may be left."""
+    def map_ended(self) -> bool:
+        """Whether the search of a map is done: it is as well known as asked for, or its blocks are spent."""
         if self.map is None or at(self.plan, "experiment", "search", "sampler") != "map":
             return False
         from . import map_table  # whoever has no map need not wait for its libraries
@@ -120,7 +120,7 @@ def analyse(store: Store, *, with_map: bool = False) -> Analysis:
     if with_map or at(plan, "experiment", "search", "sampler") == "map":
         found = replace(found, map=_map(store, found))
     seen = Evidence(
-        plan, trials, pairs, samples, arms, baseline, against, len(rivals), bool(twins), found.map_is_known
+        plan, trials, pairs, samples, arms, baseline, against, len(rivals), bool(twins), found.map_ended
     )
     return replace(found, findings=tuple(audit.findings(seen)))
 

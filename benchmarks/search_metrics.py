@@ -45,6 +45,8 @@ class Prediction(Protocol):
     def feasible_a(self) -> Array: ...
     @property
     def feasible_b(self) -> Array: ...
+    @property
+    def feasible_both(self) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def _classes(baseline: Mask, against: Mask, contrast: Array, margin: float) -> N
 
 def chance_of_divergence(said: Prediction, margin: float) -> Array:
     above = norm.sf(margin, said.contrast_mean, np.maximum(said.contrast_sd, 1e-12))
-    one_alone = said.feasible_a * (1 - said.feasible_b) + said.feasible_b * (1 - said.feasible_a)
-    found: Array = one_alone + said.feasible_a * said.feasible_b * above
+    one_alone = said.feasible_a + said.feasible_b - 2 * said.feasible_both
+    found: Array = one_alone + said.feasible_both * above
     return found
 
 

@@ -246,6 +246,11 @@ class PlainPrediction:
     feasible_a: Array
     feasible_b: Array
 
+    @property
+    def feasible_both(self) -> Array:
+        """Its processes know nothing of each other."""
+        return self.feasible_a * self.feasible_b
+
 
 class PlainProcess(GaussianProcessRegressor):
     """scikit-learn's, for a constant times Matern 5/2 with a length for each axis, plus white noise.

@@ -36,8 +36,8 @@ def summary(cells: Iterable[Mapping[str, Any]], ask_tell_s: Sequence[float]) -> 
     """Everything printed, as data."""
     paths: Paths = defaultdict(list)
     cpu_s: dict[str, float] = defaultdict(float)
-    for cell in cells:
-        cpu_s[cell["method"]] += cell["cpu_s"]
+    for cell in sorted(cells, key=lambda cell: cell["seed"]):
+        cpu_s[cell["method"]] += cell.get("cpu_s", 0.0)
         if cell["path"]:  # no grid fits into few blocks
             paths[cell["method"], cell["landscape"]].append(cell["path"])
     methods = list(dict.fromkeys(method for method, _ in paths))
@@ -175,10 +175,10 @@ def _against_optuna(paths: Paths) -> Iterator[str]:
     if ratios:
         worst = max(ratios, key=lambda name: ratios[name][0])
         yield aim("... worst landscape", ratios[worst][0], 1.2, note=f" ({worst})")
-        told = {name: ratio for name, (ratio, ours, theirs) in ratios.items() if ours or theirs}
-        if nobody := ", ".join(ratios.keys() - told.keys()):
-            without = metrics.geometric_mean(list(told.values()))
-            yield f"... geometric mean without {nobody}, which nobody maps with {BUDGET} blocks: {without:.3g}"
+        told = [ratio for ratio, ours, theirs in ratios.values() if ours or theirs]
+        nobody = ", ".join(name for name, (_, ours, theirs) in ratios.items() if not (ours or theirs))
+        if nobody and told:
+            yield f"... geometric mean without {nobody}, mapped by none of them and not by ours: {metrics.geometric_mean(told):.3g}"
 
 
 def _against_grid(paths: Paths) -> Iterator[str]:
@@ -312,12 +312,12 @@ def _stops(paths: Paths) -> Iterator[str]:
 def _in_parallel(paths: Paths) -> Iterator[str]:
     ratios = []
     for name in landscapes.MAKERS:
-        pair = [paths.get((method, name)) for method in ("ours_8_slots", "ours")]
-        if name not in NULLS and all(pair):
+        pair = [paths.get((method, name), []) for method in ("ours_8_slots", "ours")]
+        seeds = min(map(len, pair))  # the same first ones of both
+        if name not in NULLS and seeds:
             means = [
-                metrics.geometric_mean([metrics.blocks_of_a_seed(path) or BUDGET for path in each])
+                metrics.geometric_mean([metrics.blocks_of_a_seed(path) or BUDGET for path in each[:seeds]])
                 for each in pair
-                if each
             ]
             ratios.append(means[0] / means[1])
     mean = metrics.geometric_mean(ratios) if ratios else None

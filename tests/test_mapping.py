@@ -243,7 +243,7 @@ def test_a_simulated_map_ends_by_itself_and_says_why(tmp_path):
     assert "b0007 SIMULATED map: " in done.stdout
     assert json.loads(spark_ray("status", folder, "--json").stdout)["map"]["stop"] is True
     found = analyse(store)
-    assert found.map_is_known
+    assert found.map_ended
     assert not [each for each in found.findings if "are complete" in each.sentence], "the rest was not needed"
     again = run_without_report(path, "--out", folder, "--resume")
     assert (again.returncode, why in again.stdout) == (0, True), again.stderr

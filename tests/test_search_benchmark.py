@@ -348,7 +348,7 @@ def test_what_nobody_reaches_counts_and_is_told_apart():
     nobody = cells("ours", 1000, "steep_high") + cells("qmc", 1000, "steep_high")
     lines = search_tables.summary(cells("ours", 10) + cells("qmc", 40) + nobody, [0.1])["aims"]
     assert any("geometric mean: 0.5 (on 1 of 2 no Optuna sampler" in line for line in lines)
-    assert "... geometric mean without steep_high, which nobody maps with 150 blocks: 0.25" in lines
+    assert "... geometric mean without steep_high, mapped by none of them and not by ours: 0.25" in lines
 
 
 def test_a_budget_that_was_spent_meets_no_aim():

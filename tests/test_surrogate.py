@@ -389,7 +389,10 @@ def test_whatever_blocks_say_predictions_are_finite(seed, blocks, fails, capped)
     for name in ("kv_a_mean", "kv_b_mean", "contrast_mean"):
         assert np.isfinite(getattr(said, name)).all()
     assert (said.contrast_sd >= 0).all()
-    assert ((said.feasible_a >= 0) & (said.feasible_a <= 1)).all()
+    a, b, both = said.feasible_a, said.feasible_b, said.feasible_both
+    for chance in (a, b, both):
+        assert ((chance >= 0) & (chance <= 1)).all()
+    assert ((both >= a + b - 1 - 1e-9) & (both <= np.minimum(a, b) + 1e-9)).all()
     (chosen,) = acquire.next_points(surrogate, SPACE, Target(), 1, [], seed)
     assert set(chosen) == {"max_batch_size", "max_num_tokens", "memory_fraction"}
 

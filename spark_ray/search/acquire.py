@@ -7,7 +7,8 @@ it does not depend on what the block will say:
 
 The weight is the density at the level that is asked about (targeted mean squared error, Picheny et al. 2010): high where a
 place is near the level or little known. What is wished besides, capacities and each arm's boundary, enters with shares;
-each term is relative to what is left of it. A block that was measured before is a candidate like any: where noise and not
+each term is relative to what is left of it. Of the least capacity with which arms start, a block says only on which side of it
+it lies: what that takes away is expected over both answers (`Feasibility.level_told`). A block that was measured before is a candidate like any: where noise and not
 ignorance is what limits the map, it is chosen again.
 
 Not all blocks are the model's to choose, as a model cannot see what it does not expect. The first ones fill the space
@@ -190,24 +191,41 @@ def _asked(
         weight = both * density(said.contrast_mean, said.contrast_sd, target.margin)
         yield _open(above, both), reductions.share(contrast, weight)
     capacities = ((said.kv_a_mean, said.kv_a_sd), (said.kv_b_mean, said.kv_b_sd))
+    at = [model.places(candidates, of_block) for of_block, _ in reductions.capacity]
     for arm, (mean, sd) in enumerate(capacities):
         feasibility, right = model.feasibility[arm], model.places(places, mean)
-        left = model.places(candidates, reductions.capacity[arm][0])
         level, cliff = feasibility.chances(right, mean, sd)
         of_arm = partial(_of_arm, arm)
         if target.kind == "optimum":
             best = ndtr((mean - (mean * level * cliff).max()) / np.maximum(sd, 1.0))
             yield 1.0, reductions.share(of_arm, level * cliff * best)
-        of_level, told = feasibility.level_told(
-            reductions.capacity[arm], feasibility.beside_cliff(left), (mean, sd), cliff
-        )
+        of_level, told = 0.0, np.zeros(len(candidates))
+        for reading in (0, 1) if model.one_level else (arm,):  # either arm's tells of a level that both have
+            possible = model.feasibility[reading].beside_cliff(at[reading]) * _hope(
+                model, reading, candidates
+            )
+            of_level, by = feasibility.level_told(reductions.capacity[reading], possible, (mean, sd), cliff)
+            told = np.maximum(told, by)
         yield of_level * _open(level, cliff), told
         near = density(mean, sd, feasibility.level[0])
         yield (1 - of_level) * _open(level, cliff), reductions.share(of_arm, near)
         if feasibility.cliff:
             weight = density(*feasibility.latent(right), 0.0) * level
-            share = _Reduction.of(feasibility.cliff, left, right).share(weight)
-            yield _open(cliff, level), feasibility.told(left) * share
+            share = _Reduction.of(feasibility.cliff, at[arm], right).share(weight)
+            yield _open(cliff, level), feasibility.told(at[arm]) * share
+
+
+def _hope(model: Surrogate, arm: int, candidates: Floats) -> Floats:
+    """That an arm works by what its nearest blocks did, 0 at one that failed, 1 at one that worked.
+
+    Where two causes may explain a failure neither is sure, and so would the next one there not be, for ever.
+    """
+    failed, unit = model.failed[:, arm], model.cube.unit
+    if not failed.any() or failed.all():
+        return np.ones(len(candidates))
+    known = unit(model.pair.raw[: len(failed)])
+    away, near = (cdist(unit(candidates), known[each]).min(axis=1) for each in (failed, ~failed))
+    return np.asarray(away / np.maximum(away + near, NOTHING))
 
 
 def _open(chance: Floats, weight: Floats) -> float:

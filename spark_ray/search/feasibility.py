@@ -1,8 +1,8 @@
 """How probably an arm has any capacity at a configuration.
 
 Two causes of failure, told apart by whether the predicted capacity explains it. An engine refuses to start below its *least
-capacity*, one sequence of the longest length: an unknown level, the same for both arms, between what failed and what
-worked. And it may fail at a *cliff* of another kind (a kernel's limit, a container's), with plenty of memory. As long as
+capacity*, one sequence of the longest length: an unknown level between what failed and what worked, the same for both arms
+where it is KV capacity that was measured. And it may fail at a *cliff* of another kind (a kernel's limit, a container's), with plenty of memory. As long as
 every failure is explained there is no cliff.
 
 A cliff is where a latent value is 0: linear over the cube, as a limit is on one knob or on a product of several, or also in
@@ -39,16 +39,46 @@ AXES_FAVOUR = 1.5
 PASSES = 12
 DAMPING = 0.6
 LEVELS = np.concatenate([np.logspace(-3, np.log10(0.5), 32, endpoint=False), np.linspace(0.5, 1, 96)])
-"""What the least capacity may be, over the least that worked: before any failure, a thousandth; fine where failures end up."""
+"""What the least capacity may be, over the least that worked: from a thousandth to all of it, finer where failures end up."""
 LEVELS_PRIOR = np.gradient(np.log(LEVELS)) / np.gradient(np.log(LEVELS)).sum()
 """Any order of magnitude is as likely as another."""
 NEGLIGIBLE = 1e-4
 """Levels with less than this share of the largest weight are left out."""
 NOTHING = 1e-12
 MISTAKE = 0.02
-UNEXPLAINED = 0.05
+UNEXPLAINED = 0.01
+"""The chance below which a failure has another cause than too little capacity. Next to what worked little is left for it."""
+SMALLEST_SD = 1e-3
+"""Bytes, or tokens per second."""
 CAUSES = 3
 """How often failures are told apart: what lies behind a cliff says nothing of the least capacity, and the other way round."""
+
+
+@dataclass(frozen=True)
+class _Failures:
+    """What the blocks in which an arm failed say of the least capacity."""
+
+    failed: Mask
+    counts: Floats  # of the failed ones: how often each counts
+    level_bytes: Floats
+    below: Floats  # (levels, failed): the chance that the level explains the failure
+
+    @classmethod
+    def of(
+        cls, failed: Mask, counts: Floats, least_bytes: float, mean_bytes: Floats, sd_bytes: Floats
+    ) -> _Failures:
+        level_bytes = least_bytes * LEVELS
+        away = (level_bytes[:, None] - mean_bytes[failed]) / np.maximum(sd_bytes[failed], SMALLEST_SD)
+        return cls(failed, counts[failed], level_bytes, np.asarray(ndtr(away)))
+
+    def likelihood(self, otherwise: Floats | float = MISTAKE) -> Floats:
+        """Of each level, by how well it explains the failures, each of which may `otherwise` have another cause."""
+        found = np.log(otherwise + (1 - otherwise) * self.below) @ self.counts
+        return np.asarray(np.exp(found - found.max()))
+
+    def weights(self, otherwise: Floats | float = MISTAKE) -> Floats:
+        weights = LEVELS_PRIOR * self.likelihood(otherwise)
+        return np.asarray(weights / weights.sum())
 
 
 @dataclass(frozen=True)
@@ -61,19 +91,38 @@ class Feasibility:
     """Of a latent value that is positive where the arm works, each with a bend, the best first."""
 
     @classmethod
-    def fit(
-        cls, inputs: Inputs, failed: Mask, least_bytes: float, mean_bytes: Floats, sd_bytes: Floats,
-        learned: Bends,
-    ) -> Feasibility:  # fmt: skip
-        """From blocks: mean and sd are what is predicted for them, noise included."""
-        level_bytes = least_bytes * LEVELS
-        below = ndtr((level_bytes[:, None] - mean_bytes[failed]) / np.maximum(sd_bytes[failed], 1.0))
-        otherwise = np.full(below.shape[1], MISTAKE)
-        found = cls(level_bytes, _weights(below, otherwise), (), ())
+    def of_arms(
+        cls, inputs: tuple[Inputs, Inputs], failed: Mask, least_bytes: Floats, mean_bytes: Floats, sd_bytes: Floats,
+        learned: tuple[Bends, Bends], *, one_level: bool,
+    ) -> tuple[Feasibility, Feasibility]:  # fmt: skip
+        """From blocks: which of each arm failed, (blocks, 2), and what is predicted for it, (2, blocks), noise included.
+
+        With `one_level` the least capacity is the same for both arms; so is then the least with which they ever worked.
+        """
+        # Both arms of a block share most of the prediction's error: together they say once what they say.
+        counts = np.where(failed.all(axis=1) & one_level, 0.5, 1.0)
+        of_arms = [
+            _Failures.of(failed[:, arm], counts, least_bytes[arm], mean_bytes[arm], sd_bytes[arm])
+            for arm in (0, 1)
+        ]
+        one, other = (
+            cls._fit(
+                inputs[arm], of_arms[arm], of_arms[1 - arm].likelihood() if one_level else 1.0, learned[arm]
+            )
+            for arm in (0, 1)
+        )
+        return (one._sharing(other), other._sharing(one)) if one_level else (one, other)
+
+    @classmethod
+    def _fit(cls, inputs: Inputs, failures: _Failures, heard: Floats | float, learned: Bends) -> Feasibility:
+        """One arm; `heard` is the likelihood of the other one's failures by level, if they tell of the same."""
+        failed = failures.failed
+        found = cls(failures.level_bytes, failures.weights(), (), ())
         unexplained = np.zeros(len(failed), dtype=bool)
         for _ in range(CAUSES):
             before, unexplained = unexplained, unexplained.copy()
-            unexplained[failed] = found.weights @ below < UNEXPLAINED
+            joint = found.weights * heard
+            unexplained[failed] = joint @ failures.below < UNEXPLAINED * joint.sum()
             if (unexplained == before).all():
                 break
             says = ~failed | unexplained
@@ -83,7 +132,7 @@ class Feasibility:
                 found, bends=bends, cliffs=tuple(_settled(each, inputs[says], sides) for _, each in bends)
             )
             otherwise = np.maximum(1 - found.beside_cliff(inputs[failed]), MISTAKE)
-            found = replace(found, weights=_weights(below, otherwise))
+            found = replace(found, weights=failures.weights(otherwise))
         return found
 
     @property
@@ -92,11 +141,19 @@ class Feasibility:
         mean = float(self.weights @ self.level_bytes)
         return mean, float(np.sqrt(self.weights @ (self.level_bytes - mean) ** 2))
 
-    def sharing(self, other: Feasibility) -> Feasibility:
-        """With the least capacity as both arms know it: one sequence is as large in either."""
+    def _sharing(self, other: Feasibility) -> Feasibility:
+        """With the least capacity as both arms know it."""
         weights = self.weights * other.weights / LEVELS_PRIOR
         kept = weights > NEGLIGIBLE * weights.max()
         return replace(self, level_bytes=self.level_bytes[kept], weights=weights[kept] / weights[kept].sum())
+
+    def seen(self, capacity: Capacity, possible: Floats) -> Feasibility:
+        """As if blocks with these capacities, noise included, had gone the more probable way; nothing more is learned of cliffs."""
+        weights = self.weights
+        for works in self._enough(*capacity) * possible[:, None]:
+            likelihood = works if works @ weights > 0.5 else 1 - works
+            weights = weights * likelihood / (likelihood @ weights)
+        return replace(self, weights=weights)
 
     def chances(self, inputs: Inputs, mean_bytes: Floats, sd_bytes: Floats) -> tuple[Floats, Floats]:
         """That the capacity is enough, and that no cliff forbids it."""
@@ -108,7 +165,9 @@ class Feasibility:
 
     def _enough(self, mean_bytes: Floats, sd_bytes: Floats) -> Floats:
         """The chance that a capacity is enough under each level, (n, levels)."""
-        return np.asarray(ndtr((mean_bytes[:, None] - self.level_bytes) / np.maximum(sd_bytes, 1.0)[:, None]))
+        return np.asarray(
+            ndtr((mean_bytes[:, None] - self.level_bytes) / np.maximum(sd_bytes, SMALLEST_SD)[:, None])
+        )
 
     def level_told(
         self, candidates: Capacity, possible: Floats, places: Capacity, weight: Floats
@@ -154,13 +213,6 @@ class Feasibility:
         mean, sd = self.latent(inputs)
         away = mean / sd
         return np.asarray(np.exp(-(away**2) - log_ndtr(away) - log_ndtr(-away)) / (2 * np.pi))
-
-
-def _weights(below: Floats, otherwise: Floats) -> Floats:
-    """Of each level, by how well it explains the failures (levels, failed), each of which may `otherwise` have another cause."""
-    likelihood = np.log(otherwise + (1 - otherwise) * below).sum(axis=1)
-    weights = LEVELS_PRIOR * np.exp(likelihood - likelihood.max())
-    return np.asarray(weights / weights.sum())
 
 
 def _latent(cliff: Process, inputs: Inputs) -> tuple[Floats, Floats]:

@@ -79,6 +79,7 @@ class Data:
     raw: Floats
     kv_bytes: Floats  # NaN: no capacity
     capped: NDArray[np.bool_]
+    one_level: bool = True  # both arms need the same least capacity
 
     @property
     def failed(self) -> Mask:
@@ -90,8 +91,9 @@ class Data:
 
     @property
     def floor_bytes(self) -> Floats:
-        """The least capacity with which each arm ever worked; infinite if none did."""
-        return np.asarray(np.where(self.failed, np.inf, self.kv_bytes).min(axis=0, initial=np.inf))
+        """The least capacity with which each arm ever worked, or either; infinite if none did."""
+        least = np.where(self.failed, np.inf, self.kv_bytes).min(axis=0, initial=np.inf)
+        return np.full(2, least.min()) if self.one_level else np.asarray(least)
 
 
 # ---- what is known of both arms of each block -------------------------------------------------------------------

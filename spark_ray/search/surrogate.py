@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtr, ndtri, stdtrit
 
 from .. import search_spec
 from . import law
@@ -40,8 +40,6 @@ LAW_TERMS = 4
 
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 NODES = np.stack(np.meshgrid(_NODES, _NODES), axis=-1).reshape(-1, 2)
-SMALLER = 3
-"""Of both capacities, among the moments."""
 NODE_WEIGHTS = np.outer(_NODE_WEIGHTS, _NODE_WEIGHTS).ravel() / _NODE_WEIGHTS.sum() ** 2
 
 
@@ -70,7 +68,7 @@ class Prediction:
     feasible_a: Floats
     feasible_b: Floats
     feasible_both: Floats
-    """Not the product: both arms have about as much, and need the same least capacity."""
+    """Not the product: both arms have about as much, and need the same least capacity. Cliffs are each arm's own."""
 
 
 Latent = tuple[Floats, Floats]
@@ -96,6 +94,10 @@ class Surrogate:
     """Of the standard deviations of common and difference."""
     largest_bytes: float
     """The largest capacity that was measured."""
+    failed: NDArray[np.bool_]
+    """Which arm had no capacity in which of the blocks that were measured, (blocks, 2)."""
+    one_level: bool
+    """Whether the least capacity is the same for both arms, as one sequence is: not so if something else was measured."""
     feasibility: tuple[Feasibility, ...]
     """Of the baseline and the other arm."""
 
@@ -104,6 +106,8 @@ class Surrogate:
         cls, space: search_spec.Space | Cube, observations: Sequence[Observation], *, law: bool = True, seed: int
     ) -> Surrogate:  # fmt: skip
         """In the order of the blocks. The seed is that of the search: of its space-filling points.
+
+        `law` False: what was measured is no capacity in bytes, or nothing that is known of engines is to be used.
 
         Raises:
             TooFewBlocks: nothing can be compared yet.
@@ -145,9 +149,10 @@ class Surrogate:
             each.chances(self.places(raw, mean[arm]), mean[arm], sd[arm])
             for arm, each in enumerate(self.feasibility)
         ]
-        a, b = (level * cliff for level, cliff in arms)
-        smaller = self.feasibility[0].enough(mean[SMALLER], sd[SMALLER]) * arms[0][1] * arms[1][1]
-        both = np.clip(smaller, np.maximum(a + b - 1, 0), np.minimum(a, b))
+        (a_level, a_cliff), (b_level, b_cliff) = arms
+        a, b = a_level * a_cliff, b_level * b_cliff
+        enough = self.feasibility[0].enough(*_smaller(mean, sd)) if self.one_level else a_level * b_level
+        both = np.clip(enough * a_cliff * b_cliff, np.maximum(a + b - 1, 0), np.minimum(a, b))
         return Prediction(mean[0], sd[0], mean[1], sd[1], mean[2], sd[2], a, b, both)
 
     def places(self, raw: Floats, kv_bytes: Floats) -> Inputs:
@@ -162,14 +167,14 @@ class Surrogate:
         return np.asarray((self.pair.doubt > DOUBTED) & (counts[of_row.ravel()] == 1))
 
     def moments(self, raw: Floats, latent: Latent, *, noise: bool = False) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of both capacities, the contrast and the smaller capacity, (4, n), by Gauss-Hermite quadrature."""
+        """Mean and standard deviation of both capacities, the contrast and their difference, (4, n), by Gauss-Hermite quadrature."""
         means, sds = latent
         if noise:
             of_both = [[self.pair.common.noise_variance], [self.pair.difference.noise_variance]]
             sds = np.sqrt(sds**2 + np.array(of_both))
         z = means[:, None] + NODES.T[:, :, None] * sds[:, None]
         kv = self.kv_bytes(z[0], z[1], raw)
-        values = np.stack([*kv, contrast(*kv), np.minimum(*kv)])
+        values = np.stack([*kv, contrast(*kv), kv[0] - kv[1]])
         mean = np.einsum("n,vnr->vr", NODE_WEIGHTS, values)
         return mean, np.sqrt(np.einsum("n,vnr->vr", NODE_WEIGHTS, (values - mean[:, None]) ** 2))
 
@@ -191,7 +196,27 @@ class Surrogate:
     def condition(self, configurations: Iterable[Mapping[str, float]] | Floats) -> Surrogate:
         """As if these were measured too, each arm at its mean: for blocks that are under way."""
         raw = self.cube.raw(configurations)
-        return replace(self, pair=self.pair.with_(raw), blocks=self.blocks + len(raw)) if len(raw) else self
+        if not len(raw):
+            return self
+        mean, sd = self.moments(raw, self.latent(raw), noise=True)
+        feasibility = list(self.feasibility)
+        for arm, own in enumerate(self.feasibility):
+            possible = own.beside_cliff(self.places(raw, mean[arm]))
+            for each in (0, 1) if self.one_level else (arm,):
+                feasibility[each] = feasibility[each].seen((mean[arm], sd[arm]), possible)
+        return replace(
+            self, pair=self.pair.with_(raw), blocks=self.blocks + len(raw), feasibility=tuple(feasibility)
+        )
+
+
+def _smaller(mean: Floats, sd: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of the smaller of both capacities, of `moments` (Clark 1961, two normals)."""
+    (a, b), (a_sd, b_sd), apart = mean[:2], sd[:2], np.maximum(sd[3], 1e-9)
+    z = (b - a) / apart
+    density = apart * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    first = a * ndtr(z) + b * ndtr(-z) - density
+    second = (a**2 + a_sd**2) * ndtr(z) + (b**2 + b_sd**2) * ndtr(-z) - (a + b) * density
+    return first, np.sqrt(np.maximum(second - first**2, 0.0))
 
 
 def contrast(a: Floats, b: Floats) -> Floats:
@@ -215,7 +240,7 @@ class _Learned:
 
 @lru_cache(maxsize=4)  # whoever asks for the next block, for the map and whether to stop asks for the same
 def _fit(cube: Cube, rows: tuple[Row, ...], with_law: bool, seed: int) -> Surrogate:
-    data = _data(rows)
+    data = _data(rows, one_level=with_law)
     learned = _learn(cube, rows[: _scheduled(rows)], with_law)
     pair = Pair.condition(Scale(cube, learned.family), data, learned.pair)
     return _assemble(cube, seed, data, pair, learned.cliffs)
@@ -224,7 +249,7 @@ def _fit(cube: Cube, rows: tuple[Row, ...], with_law: bool, seed: int) -> Surrog
 @lru_cache(maxsize=32)
 def _learn(cube: Cube, rows: tuple[Row, ...], with_law: bool) -> _Learned:
     """Each family in turn; kept is the one under which the blocks predict each other best."""
-    data = _data(rows)
+    data = _data(rows, one_level=with_law)
     families: list[Family] = [*law.FAMILIES] if with_law and cube.engine_columns else []
     learned, pair = learn([Scale(cube, family) for family in [*families, None]], data)
     baseline, against = (each.bends for each in _assemble(cube, 0, data, pair, ((), ())).feasibility)
@@ -238,16 +263,16 @@ def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) ->
         for arm, of_arm in enumerate(caps.T)
     )
     largest = max(float(np.nanmax(data.kv_bytes)), 1.0)
-    found = Surrogate(cube, seed, len(data.raw), pair, (baseline, against), _widening(pair), largest, ())
+    found = Surrogate(
+        cube, seed, len(data.raw), pair, (baseline, against), _widening(pair), largest, data.failed,
+        data.one_level, (),
+    )  # fmt: skip
     mean, sd = found.moments(data.raw, found.latent(data.raw), noise=True)
-    feasibility = [
-        Feasibility.fit(
-            found.places(data.raw, mean[arm]), data.failed[:, arm], data.floor_bytes.min(), mean[arm], sd[arm], cliffs[arm]
-        )
-        for arm in (0, 1)
-    ]  # fmt: skip
-    one, other = feasibility
-    return replace(found, feasibility=(one.sharing(other), other.sharing(one)))
+    places = found.places(data.raw, mean[0]), found.places(data.raw, mean[1])
+    feasibility = Feasibility.of_arms(
+        places, data.failed, data.floor_bytes, mean, sd, cliffs, one_level=data.one_level
+    )
+    return replace(found, feasibility=feasibility)
 
 
 def _widening(pair: Pair) -> tuple[float, float]:
@@ -266,14 +291,14 @@ def _row(cube: Cube, observation: Observation) -> Row:
     return values, observation.kv, observation.capped
 
 
-def _data(rows: Sequence[Row]) -> Data:
+def _data(rows: Sequence[Row], *, one_level: bool) -> Data:
     kv = np.array(
         [[np.nan if arm is None else arm for arm in of_arms] for _, of_arms, _ in rows], dtype=float
     )
     kv = kv.reshape(-1, 2)
     capped = np.array([capped for _, _, capped in rows], dtype=bool).reshape(-1, 2)
     raw = np.array([values for values, _, _ in rows], dtype=float)
-    data = Data(raw, kv, capped & ~np.isnan(kv))
+    data = Data(raw, kv, capped & ~np.isnan(kv), one_level)
     if data.measured.all(axis=1).sum() < FEWEST_COMPLETE:
         raise TooFewBlocks(f"at least {FEWEST_COMPLETE} blocks with a capacity of both arms are needed")
     return data
