@@ -167,18 +167,18 @@ def test_a_block_under_way_is_not_asked_for_again():
     assert len({tuple(each.items()) for each in chosen}) == 4
 
 
-def test_what_failed_is_not_asked_again_though_neither_cause_is_sure():
-    """Beyond a cliff and about at the least capacity at once, as if a search had asked there again and again."""
-    raw = np.vstack([CUBE.filling(48, 3), np.repeat(CUBE.snap(np.array([[0.62, 0.9, 0.02]])), 6, axis=0)])
-    fails = CUBE.unit(raw)[:, :2].sum(axis=1) > 1.5
-    blocks = [
-        Observation(each.configuration, (None, None) if fail else each.kv)
-        for each, fail in zip(measure(memfree, raw, least_gib=12.0), fails, strict=True)
-    ]
+def test_hope_is_lost_where_blocks_failed_and_not_where_they_worked():
+    raw = CUBE.filling(24, 3)
+    blocks = measure(memfree, raw, least_gib=16.0)
     surrogate = Surrogate.fit(SPACE, blocks, seed=3)
-    chosen = acquire.next_points(surrogate, SPACE, Target(), 8, [], 3)
-    failed = {tuple(each.configuration.items()) for each in blocks if None in each.kv}
-    assert not failed & {tuple(each.items()) for each in chosen}
+    failed = np.array([each.kv[1] is None for each in blocks])
+    assert failed.any()
+    hope = acquire._hope(surrogate, 1, raw)
+    assert (hope[failed] == 0).all()
+    assert (hope[~failed] == 1).all()
+    elsewhere = acquire._hope(surrogate, 1, ELSEWHERE)
+    assert ((elsewhere > 0) & (elsewhere < 1)).all()
+    assert (acquire._hope(fit(), 1, ELSEWHERE) == 1).all(), "nothing failed"
 
 
 def test_what_is_no_capacity_has_a_least_value_for_each_arm():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import landscapes
 import search
 import search_metrics as metrics
+import search_ours
 import search_rivals as rivals
 import search_tables
 
@@ -342,6 +344,19 @@ def test_aims_compare_ours_with_the_best_optuna_sampler():
     assert found["rows"]["steep_low"]["methods"]["ours"]["n80"] == 10
     assert "over 2 x floor + 8 blocks, the worst: 0.714 (steep_low; 1 of 1 landscapes within)" in lines
     assert "ask and tell at 200 blocks, mean: 0.1 s" in lines
+
+
+def test_a_place_that_failed_is_not_asked_for_again_and_again():
+    """Beyond a cliff and about at the least capacity at once: neither cause is sure, nor ever would be."""
+    land = landscapes.make("cliff", 4)
+    contender, machine = search_ours.with_law(land, 4), landscapes.Machine(land, 4)
+    failed = Counter()
+    for _ in range(60):
+        block = machine.execute(contender.ask())
+        contender.tell(block)
+        failed.update([tuple(block.configuration.items())] if block.kv_bytes == (None, None) else [])
+    assert len(failed) > 5
+    assert max(failed.values()) <= 2
 
 
 def test_what_nobody_reaches_counts_and_is_told_apart():

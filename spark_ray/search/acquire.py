@@ -212,7 +212,7 @@ def _asked(
         if feasibility.cliff:
             weight = density(*feasibility.latent(right), 0.0) * level
             share = _Reduction.of(feasibility.cliff, at[arm], right).share(weight)
-            yield _open(cliff, level), feasibility.told(at[arm]) * share
+            yield _open(cliff, level), feasibility.told(at[arm]) * share * reductions.hope[arm]
 
 
 def _hope(model: Surrogate, arm: int, candidates: Floats) -> Floats:
@@ -266,6 +266,8 @@ class _Reductions:
     common: _Reduction
     difference: _Reduction
     works: tuple[Floats, Floats]
+    hope: tuple[Floats, Floats]
+    """Of both arms at the candidates."""
     capacity: tuple[Capacity, Capacity]
     """What a block would read of each arm at the candidates."""
 
@@ -277,9 +279,10 @@ class _Reductions:
         latent = model.widened(common.candidates, difference.candidates)
         said = model.predict(candidates, latent)
         means, sds = model.moments(candidates, latent, noise=True)
-        either = np.maximum(said.feasible_a, said.feasible_b)
-        works = either, said.feasible_both
-        return cls(model, places, common, difference, works, ((means[0], sds[0]), (means[1], sds[1])))
+        hope = _hope(model, 0, candidates), _hope(model, 1, candidates)
+        either = np.maximum(said.feasible_a * hope[0], said.feasible_b * hope[1])
+        works = either, said.feasible_both * np.minimum(*hope)
+        return cls(model, places, common, difference, works, hope, ((means[0], sds[0]), (means[1], sds[1])))
 
     @cached_property
     def latent(self) -> Latent:
