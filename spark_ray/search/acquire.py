@@ -8,8 +8,9 @@ it does not depend on what the block will say:
 The weight is the density at the level that is asked about (targeted mean squared error, Picheny et al. 2010): high where a
 place is near the level or little known. What is wished besides, capacities and each arm's boundary, enters with shares;
 each term is relative to what is left of it. Of the least capacity with which arms start, a block says only on which side of it
-it lies: what that takes away is expected over both answers (`Feasibility.level_told`). A block that was measured before is a candidate like any: where noise and not
-ignorance is what limits the map, it is chosen again.
+it lies: what that takes away is expected over both answers (`Feasibility.level_told`). A block that was measured before is
+a candidate like any: where noise and not ignorance is what limits the map, it is chosen again. Only where an arm failed there
+is no hope that it tells more.
 
 Not all blocks are the model's to choose, as a model cannot see what it does not expect. The first ones fill the space
 evenly; every other of the following ones, and later one in four, closes the widest gap between all blocks (`filling_point`);
@@ -201,9 +202,7 @@ def _asked(
             yield 1.0, reductions.share(of_arm, level * cliff * best)
         of_level, told = 0.0, np.zeros(len(candidates))
         for reading in (0, 1) if model.one_level else (arm,):  # either arm's tells of a level that both have
-            possible = model.feasibility[reading].beside_cliff(at[reading]) * _hope(
-                model, reading, candidates
-            )
+            possible = model.feasibility[reading].beside_cliff(at[reading]) * reductions.hope[reading]
             of_level, by = feasibility.level_told(reductions.capacity[reading], possible, (mean, sd), cliff)
             told = np.maximum(told, by)
         yield of_level * _open(level, cliff), told
