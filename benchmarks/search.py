@@ -66,10 +66,16 @@ class Method:
     slots: int = 1
     stops: bool = False  # by itself: a cell then goes on until it would have
     only: tuple[str, ...] = ()  # landscapes; none named: all
+    in_three: int | None = None  # seeds where a cell takes long, in three dimensions
+
+    def seeds_on(self, landscape: str) -> int:
+        dimension = len(landscapes.make(landscape, FIRST_SEED).searched)
+        if dimension not in self.dimensions or (self.only and landscape not in self.only):
+            return 0
+        return self.in_three if self.in_three and dimension == 3 else self.seeds
 
     def explores(self, landscape: str) -> bool:
-        dimension = len(landscapes.make(landscape, FIRST_SEED).searched)
-        return dimension in self.dimensions and (not self.only or landscape in self.only)
+        return self.seeds_on(landscape) > 0
 
 
 def _rival(sampler: Any, chart: Any = rivals.PlainMap) -> Any:
@@ -87,7 +93,7 @@ METHODS: dict[str, Method] = {
     "smooth_isotonic": Method(_rival(rivals.SmoothIsotonic), 20, dimensions=(1,)),
     "qmc_our_map": Method(_rival(rivals.qmc, ours.LawMap), 8),
     "ours_no_law": Method(ours.without_law, 8, dimensions=(3,)),
-    "ours": Method(ours.with_law, 10, stops=True),
+    "ours": Method(ours.with_law, 20, stops=True, in_three=10),
     "ours_8_slots": Method(ours.with_law, 8, slots=8, only=SEVERAL_SLOTS),
 }
 
@@ -184,7 +190,7 @@ def wanted(only: Sequence[str], seeds: int | None) -> Iterator[tuple[str, str, i
     most = max(method.seeds for method in METHODS.values()) if seeds is None else seeds
     for seed, landscape, (name, method) in itertools.product(range(most), landscapes.MAKERS, METHODS.items()):
         chosen = _named(only, name, METHODS) and _named(only, landscape, landscapes.MAKERS)
-        if chosen and method.explores(landscape) and seed < min(method.seeds, most):
+        if chosen and seed < min(method.seeds_on(landscape), most):
             yield name, landscape, FIRST_SEED + seed
 
 

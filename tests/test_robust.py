@@ -36,8 +36,18 @@ def test_most_bursts_are_found_and_little_else():
     assert np.mean([each.sum() - each[bursts].sum() for each in found]) < 0.3
 
 
+def test_also_where_one_in_four_is_off_to_the_same_side():
+    bursts = tuple((row, 5.0 + row % 3) for row in (1, 4, 11, 13, 18))
+    found = [outlying(*drawn(seed, count=20, bursts=bursts)) for seed in range(100)]
+    rows = [row for row, _ in bursts]
+    assert np.mean([each[rows].mean() for each in found]) > 0.85
+    assert np.mean([each.sum() - each[rows].sum() for each in found]) < 0.2
+
+
 def test_noise_alone_is_seldom_taken_for_bursts():
-    assert np.mean([outlying(*drawn(seed, count=24)).any() for seed in range(100)]) < 0.1
+    """One suspect in several blocks' time does no harm: it is tried, and kept if the others fit better without it."""
+    assert np.mean([outlying(*drawn(seed, count=24)).sum() for seed in range(100)]) < 0.2
+    assert np.mean([outlying(*drawn(seed, count=64)).sum() for seed in range(100)]) < 0.2
 
 
 @given(

@@ -299,6 +299,12 @@ def test_what_is_wanted_can_be_narrowed():
     assert "bisection" not in exploring
     seeds = {cell[2] for cell in everything if cell[0] == "optuna_gp"}
     assert len(seeds) == search.METHODS["optuna_gp"].seeds
+    ours = [cell for cell in everything if cell[0] == "ours"]
+    assert [sum(cell[1] == name for cell in ours) for name in ("steep_low", "plane_steep", "line_steep")] == [
+        10,
+        20,
+        20,
+    ]
 
 
 def test_tables_are_made_of_whatever_is_there(capsys):

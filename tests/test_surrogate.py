@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from spark_ray.search import acquire, law
 from spark_ray.search.cube import Axis, Cube
 from spark_ray.search.mixture import Mixture
+from spark_ray.search.pair import DOUBTED
 from spark_ray.search.process import Hyperparameters, Inputs, Prior, Process, _Regressor
 from spark_ray.search.surrogate import Observation, Surrogate, TooFewBlocks
 from spark_ray.search.target import Target
@@ -235,10 +236,29 @@ def test_what_neighbours_in_time_have_in_common_is_not_the_function():
     assert (np.abs(mean - 3 * places[:, 0]) < 3 * np.sqrt(variance)).all()
 
 
-def test_the_likelihood_that_is_worked_out_at_once_is_scikit_learns():
+def test_where_neighbours_tell_the_same_fewer_blocks_tell_of_a_constant():
+    """As many as the variance of a constant's estimate says."""
+    at = np.linspace(0, 1, 40)[:, None]
+    inputs = Inputs(at, np.ones_like(at), at)
+
+    def independent(drift, noise):
+        kernel, _ = Prior(doubtful=0.5, residual=1.0, noise=noise, drift=drift).kernel(inputs)
+        return Process(Hyperparameters(kernel, 0.0, 1.0), inputs, at[:, 0], np.ones(40)).independent_values
+
+    assert independent(drift=1e-6, noise=0.5) == pytest.approx(40, rel=1e-3)
+    assert independent(drift=0.8, noise=0.4) < 10
+    assert (
+        independent(drift=0.1, noise=0.4)
+        > independent(drift=0.2, noise=0.4)
+        > independent(drift=0.8, noise=0.4)
+    )
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_the_likelihood_that_is_worked_out_at_once_is_scikit_learns(gaussian):
     random = np.random.default_rng(2)
     inputs = Inputs(random.random((15, 2)), np.ones((15, 1)), random.random((15, 3)))
-    kernel, spread = Prior(doubtful=0.3, residual=0.5, noise=0.3).kernel(inputs)
+    kernel, spread = Prior(doubtful=0.3, residual=0.5, noise=0.3, gaussian=gaussian).kernel(inputs)
     rows = inputs.matrix(random.uniform(1, 3, 15), np.arange(15.0))
     regressor = _Regressor(kernel, spread=spread).fit(rows, random.standard_normal(15))
     theta = kernel.theta + 0.3 * random.standard_normal(kernel.n_dims)
@@ -282,6 +302,15 @@ def test_several_bursts_among_few_blocks_mislead_nobody():
     surrogate = fit(blocks=14, spoiled=spoiled)
     assert np.flatnonzero(surrogate.contradicted()).tolist() == [2, 7, 9]
     assert np.median(errors(surrogate, memfree)[1]) < 0.01
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bursts_of_one_arm_in_a_fifth_of_the_blocks_are_not_believed(seed):
+    """They agree with each other, and a fit that lets a little of each in lets in all."""
+    rows = [2, 6, 10, 12]
+    surrogate = fit(blocks=20, seed=seed, noise_gib=0.7, spoiled=[(row, 1, -6.5) for row in rows])
+    assert np.flatnonzero(surrogate.pair.doubt > DOUBTED).tolist() == rows
+    assert np.median(errors(surrogate, memfree)[1]) < 0.012
 
 
 def test_a_law_that_holds_is_learned_as_well_as_if_nothing_else_were_thought_of():
@@ -342,6 +371,22 @@ def test_bands_hold_what_they_promise_and_are_never_narrowed():
         off = np.abs(said.contrast_mean - (1 - true[:, 1] / true[:, 0]))
         inside.append((off <= 1.96 * said.contrast_sd).mean())
     assert np.mean(inside) > 0.85
+
+
+def test_on_a_host_that_drifts_bands_hold_too():
+    """Twenty blocks of which neighbours tell the same tell of the constant as few independent ones do."""
+    held = []
+    for seed in range(7, 12):
+        random = np.random.default_rng(seed)
+        raw, drift = CUBE.filling(20, seed), [1.5 * random.standard_normal()]
+        for _ in range(19):
+            drift.append(0.8 * drift[-1] + 1.5 * 0.6 * random.standard_normal())
+        taken = [(row, arm, raw[row, 2] * gib) for row, gib in enumerate(drift) for arm in (0, 1)]
+        observed = measure(memfree, raw, seed=seed, spoiled=taken)
+        said = Surrogate.fit(SPACE, observed, seed=seed).predict(ELSEWHERE)
+        off = np.abs(said.kv_a_mean / GIB - memfree(ELSEWHERE)[:, 0])
+        held.append((off < 1.96 * said.kv_a_sd / GIB).mean())
+    assert min(held) > 0.8, held
 
 
 def test_noise_is_told_in_bytes_of_one_arm():
@@ -415,6 +460,18 @@ def test_a_narrow_ridge_along_the_product_of_batch_and_tokens_is_found_as_one():
     }
     assert weights[CUBE.product] > 0.9
     assert np.median(errors(surrogate, machine)[1]) < 0.01
+
+
+def test_what_is_as_smooth_as_a_bell_is_learned_as_one():
+    def machine(raw):
+        kv, away = memfree(raw), np.square(CUBE.unit(raw) - 0.4).sum(axis=1)
+        return np.stack([kv[:, 0], kv[:, 0] - raw[:, 2] * 8 * np.exp(-away / (2 * 0.2**2))], axis=1)
+
+    surrogate = Surrogate.fit(SPACE, measure(machine, CUBE.filling(64, 3)), seed=3)
+    of_difference = surrogate.pair.difference
+    smooth = [process.hyper.kernel.gaussian for process in of_difference.processes]
+    assert np.array(of_difference.weights)[smooth].sum() > 0.5
+    assert np.quantile(errors(surrogate, machine)[1], 0.9) < 0.02
 
 
 def test_the_product_is_an_axis_only_where_both_are_searched_by_their_logarithm():

@@ -45,6 +45,8 @@ LEVELS_PRIOR = np.gradient(np.log(LEVELS)) / np.gradient(np.log(LEVELS)).sum()
 NEGLIGIBLE = 1e-4
 """Levels with less than this share of the largest weight are left out."""
 NOTHING = 1e-12
+CERTAIN = 8.0
+"""Standard deviations, beyond which there is no doubt in double precision."""
 MISTAKE = 0.02
 UNEXPLAINED = 0.01
 """The chance below which a failure has another cause than too little capacity. Next to what worked little is left for it."""
@@ -165,9 +167,12 @@ class Feasibility:
 
     def _enough(self, mean_bytes: Floats, sd_bytes: Floats) -> Floats:
         """The chance that a capacity is enough under each level, (n, levels)."""
-        return np.asarray(
-            ndtr((mean_bytes[:, None] - self.level_bytes) / np.maximum(sd_bytes, SMALLEST_SD)[:, None])
-        )
+        sd_bytes = np.maximum(sd_bytes, SMALLEST_SD)
+        found = np.ones((len(mean_bytes), len(self.level_bytes)))
+        open_ = mean_bytes - self.level_bytes.max() < CERTAIN * sd_bytes  # seldom many, and ndtr is slow
+        away = (mean_bytes[open_, None] - self.level_bytes) / sd_bytes[open_, None]
+        found[open_] = ndtr(away)
+        return found
 
     def level_told(
         self, candidates: Capacity, possible: Floats, places: Capacity, weight: Floats

@@ -44,6 +44,11 @@ class Mixture:
         """Of a value that is measured some time, around the function: drift and noise."""
         return float(self._mean(lambda each: each.block_variance))
 
+    @property
+    def independent_values(self) -> float:
+        """As many values without drift would tell as much of a constant."""
+        return float(self._mean(lambda each: each.independent_values))
+
     def predict(self, inputs: Inputs) -> Said:
         """Mean and variance of the function, without noise."""
         return self._together([each.predict(inputs) for each in self.processes])

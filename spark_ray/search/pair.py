@@ -205,7 +205,7 @@ def learn(scales: Sequence[Scale], data: Data) -> tuple[Learned, Pair]:
     several blocks are off, the first ones were misled by them; so what a robust fit of the law suspects is tried as well.
     """
     fits = [_Fit(scale, data) for scale in scales]
-    fits += [_Fit(fit.scale, data, suspecting=True) for fit in fits if fit.suspects().any()]
+    fits += [fit for scale in scales if (fit := _Fit(scale, data, suspecting=True)).suspected.any()]
     for _ in range(ROUNDS):
         for fit in fits:
             fit.learn()
@@ -233,13 +233,14 @@ class _Fit:
         self.known = _Known(np.where(data.measured, z, 0.0), np.where(data.measured, 0.0, UNKNOWN))
         start = np.where(self.complete[:, None], z, 0.0)[self.complete]
         self.suspecting = suspecting
-        self.doubt = np.where(self.suspects(), SUSPECTED, 1.0) if suspecting else np.ones(len(z))
+        self.suspected = self._suspects() if suspecting else np.zeros(len(z), dtype=bool)
+        self.doubt = np.where(self.suspected, SUSPECTED, 1.0)
         centre = np.median(start, axis=0)
         self.expected = [np.full(len(z), centre.mean()), np.full(len(z), centre[0] - centre[1])]
         self.unknown = Moments(self.expected[1], np.full(len(z), UNKNOWN), 1.0)
         self.processes: tuple[Mixture, Mixture] | None = None
 
-    def suspects(self) -> Mask:
+    def _suspects(self) -> Mask:
         """Complete blocks that the law cannot explain beside the others, in what arms have in common or in what they differ by."""
         found = np.zeros(len(self.data.raw), dtype=bool)
         if self.scale.family is None or self.complete.sum() < FEWEST_FOR_OUTLIERS:
@@ -279,7 +280,8 @@ class _Fit:
     def _priors(self, place: int) -> Iterator[tuple[Prior, float, Hyperparameters | None]]:
         """A rough one is tried only when outliers are known: it would explain each of them.
 
-        What arms differ by may go with the product of batch and tokens, as much memory does: a ridge across both axes.
+        What arms differ by may be as smooth as a bell, though narrow; or go with the product of batch and tokens, as much
+        memory does: a ridge across both axes.
         """
         start = (self.learned.common, self.learned.difference)[place][0][1] if self.learned else None
         smooth, rough = (SMOOTH, ROUGH) if self.scale.family else (PLAIN, PLAIN_ROUGH)
@@ -290,6 +292,8 @@ class _Fit:
             yield rough[place], 0.0, None
             if self.inputs[place].cube.shape[1] == 1:
                 yield replace(rough[place], length=STEP_LENGTH), 0.0, None
+            if place:
+                yield replace(rough[place], gaussian=True), 0.0, None
             if place and self.scale.cube.product:
                 yield replace(rough[place], turned=self.scale.cube.product), 0.0, None
 
@@ -348,9 +352,12 @@ class _Fit:
     def _weigh(self, errors: list[Floats]) -> None:
         """Outliers by the spread of most blocks, as one that is inflated by outliers hides them."""
         doubt = np.ones(len(self.doubt))
+        usual = self.complete & ~self.suspected
         if self.complete.sum() >= FEWEST_FOR_OUTLIERS:
             for each in errors:
-                spread = max(1.4826 * float(np.median(np.abs(each[self.complete]))), 0.5)
+                spread = max(1.4826 * float(np.median(np.abs(each[usual]))), 0.5)
                 off = np.where(self.complete, np.abs(each) / spread / OUTLYING, 0.0)
-                doubt = np.maximum(doubt, np.minimum(off**4, MOST_NOISE / 10))
+                # Half let in, suspects would draw the fit towards them until they are none.
+                own = np.where(self.suspected & (off > 1), (OUTLYING * off) ** 2, 1.0)
+                doubt = np.maximum(doubt, np.minimum(np.maximum(off**4, own), MOST_NOISE / 10))
         self.doubt = doubt

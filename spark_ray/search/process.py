@@ -48,20 +48,20 @@ UNINFORMATIVE = 100.0
 
 
 class MapKernel(Kernel):  # type: ignore[misc]  # scikit-learn is not followed by mypy
-    """The covariance of `Inputs.matrix`: linear in some columns, Matern 5/2 in others, drift by the last but one, noise by the last.
+    """The covariance of `Inputs.matrix`: linear in some columns, Matern 5/2 (or Gaussian) in others, then of drift and noise.
 
     One kernel in place of a sum of scikit-learn's, which looks its hyperparameters up by name at every step. Learned are
-    the logarithms of the variances of doubtful columns, residual, drift and noise, and of the length scales. Drift and
-    noise are of measured values, so they are in no covariance between two sets of places.
+    the logarithms of the variances of doubtful columns, residual, drift and noise, and of the length scales. Drift (by the
+    last column but one) and noise (by the last) are of measured values, so they are in no covariance between two sets of places.
     """
 
     def __init__(
         self, certain: slice, doubtful: slice, variances: tuple[float, ...], lengths: tuple[float, ...],
-        turned: Turned | None = None,
+        turned: Turned | None = None, gaussian: bool = False,
     ) -> None:  # fmt: skip
         self.certain, self.doubtful = certain, doubtful
         self.variances, self.lengths = variances, lengths
-        self.turned = turned
+        self.turned, self.gaussian = turned, gaussian
 
     def axes(self, X: Floats) -> Floats:
         """Along which the residual has its length scales."""
@@ -96,11 +96,15 @@ class MapKernel(Kernel):  # type: ignore[misc]  # scikit-learn is not followed b
         of_doubtful, of_residual, of_drift, of_noise = self.variances
         other = X if Y is None else Y
         certain = WIDE**2 * (X[:, self.certain] @ other[:, self.certain].T)
-        root = cdist(*(self.axes(each) / self.lengths for each in (X, other)))
-        root *= np.sqrt(5)
-        covariance = root * (1 + root / 3)
-        covariance += 1
-        covariance *= np.exp(np.negative(root, out=root), out=root)
+        axes = [self.axes(each) / self.lengths for each in (X, other)]
+        if self.gaussian:
+            covariance = np.exp(-cdist(*axes, "sqeuclidean") / 2)
+        else:
+            root = cdist(*axes)
+            root *= np.sqrt(5)
+            covariance = root * (1 + root / 3)
+            covariance += 1
+            covariance *= np.exp(np.negative(root, out=root), out=root)
         covariance *= of_residual
         covariance += certain + of_doubtful * (X[:, self.doubtful] @ other[:, self.doubtful].T)
         if Y is not None:
@@ -163,9 +167,13 @@ class _Regressor(GaussianProcessRegressor):  # type: ignore[misc]
     def _likelihood(self, variances_and_lengths: Floats) -> tuple[float, Floats]:
         of_doubtful, of_residual, of_drift, of_noise = variances_and_lengths[:VARIANCES]
         apart = self._squared / np.square(variances_and_lengths[VARIANCES:])[:, None, None]
-        root = np.sqrt(5 * apart.sum(axis=0))
-        decay = of_residual * np.exp(-root)
-        residual = (1 + root + root**2 / 3) * decay
+        if self.kernel.gaussian:
+            slope = residual = of_residual * np.exp(-apart.sum(axis=0) / 2)
+        else:
+            root = np.sqrt(5 * apart.sum(axis=0))
+            decay = of_residual * np.exp(-root)
+            residual = (1 + root + root**2 / 3) * decay
+            slope = decay * (1 + root) * 5 / 3
         linear = np.array([of_doubtful, of_drift, of_noise])
         covariance = self._certain + residual + np.einsum("k,kij->ij", linear, self._linear)
         covariance[np.diag_indices_from(covariance)] += self.alpha
@@ -177,7 +185,7 @@ class _Regressor(GaussianProcessRegressor):  # type: ignore[misc]
         upper, _ = dpotri(factor)
         pull = (np.outer(weights, weights) - np.triu(upper) - np.triu(upper, 1).T) / 2
         by_doubtful, by_drift, by_noise = linear * np.einsum("kij,ij->k", self._linear, pull)
-        by_length = np.einsum("kij,ij->k", apart, pull * decay * (1 + root)) * 5 / 3
+        by_length = np.einsum("kij,ij->k", apart, pull * slope)
         by_residual = (pull * residual).sum()
         return (
             float(found - np.log(np.diag(factor)).sum()),
@@ -233,6 +241,8 @@ class Prior:
     drift_spread: float = 1.0
     noise_spread: float = 0.6  # few values that happen to lie smoothly are no proof of little noise
     length_spread: float = 0.6
+    gaussian: bool = False
+    """The residual is as smooth as a Gaussian bell, and not only as a Matern 5/2 process."""
     turned: Turned | None = None
     """Two axes in place of which the residual has its length scales along two others, at an angle to them."""
 
@@ -245,6 +255,7 @@ class Prior:
             (self.doubtful**2, self.residual**2, self.drift**2, self.noise**2),
             (self.length,) * cube,
             self.turned,
+            self.gaussian,
         )
         spreads = [2 * each for each in (self.spread, self.spread, self.drift_spread, self.noise_spread)]
         return kernel, np.array(spreads + [self.length_spread] * cube)
@@ -330,6 +341,14 @@ class Process:
     def block_variance(self) -> float:
         """Of a value that is measured some time, around the function: drift and noise."""
         return self.hyper.noise_variance + self.hyper.kernel.variances[2] * self.hyper.scale**2
+
+    @property
+    def independent_values(self) -> float:
+        """As many values without drift would tell as much of a constant: where a host drifts, neighbours tell the same."""
+        of_drift, of_noise = self.hyper.kernel.variances[2:]
+        covariance = of_drift * _drift(self._order / DRIFT_BLOCKS) + np.diag(of_noise * self.multipliers)
+        covariance[np.diag_indices_from(covariance)] += JITTER
+        return float((of_drift + of_noise) * np.linalg.solve(covariance, np.ones(len(self.values))).sum())
 
     def predict(self, inputs: Inputs) -> Said:
         """Mean and variance of the function, without noise."""

@@ -37,6 +37,8 @@ TRUSTED = 4.0
 """Leave-one-out errors that are taken to be as predicted, beside those seen: few blocks widen little by chance."""
 LAW_TERMS = 4
 """What a law leaves to be learned from the same blocks as their noise."""
+FEWEST_FREE = 3
+"""Degrees of freedom: with fewer, bands would say nothing any more."""
 
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 NODES = np.stack(np.meshgrid(_NODES, _NODES), axis=-1).reshape(-1, 2)
@@ -278,12 +280,15 @@ def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) ->
 def _widening(pair: Pair) -> tuple[float, float]:
     """How much wider the bands must be for leave-one-out errors to be as large as they say; 1 at least.
 
-    And wider as Student's t is than a normal, as the noise was learned from few blocks too.
+    And wider as Student's t is than a normal, as the noise was learned from few blocks too: fewer still on a host that drifts,
+    where neighbours tell the same.
     """
     squares = pair.standardised**2
-    common, difference = np.sqrt((squares.sum(axis=0) + TRUSTED) / (len(squares) + TRUSTED))
-    few = float(stdtrit(max(len(squares) - LAW_TERMS, 2), 0.975) / ndtri(0.975))
-    return max(1.0, float(common)) * few, max(1.0, float(difference)) * few
+    seen = np.maximum(np.sqrt((squares.sum(axis=0) + TRUSTED) / (len(squares) + TRUSTED)), 1.0)
+    independent = np.array([each.independent_values for each in (pair.common, pair.difference)])
+    free = np.maximum(independent * (1 - LAW_TERMS / len(squares)), FEWEST_FREE)
+    common, difference = seen * stdtrit(free, 0.975) / ndtri(0.975)
+    return float(common), float(difference)
 
 
 def _row(cube: Cube, observation: Observation) -> Row:
