@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 from test_surrogate import CUBE, GIB, memfree
 
-from spark_ray.search.divergence_sampler import DivergenceSampler
+from spark_ray.search.divergence_sampler import Axes, DivergenceSampler
 
 SEARCH_SPACE = {
     "max_batch_size": IntDistribution(1, 256, log=True),
@@ -117,13 +117,35 @@ def test_an_objective_that_tells_nothing_is_warned_of():
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 4
 
 
+def capped_at(params, kv):
+    trial = told(params, (kv, kv), value=0.0)
+    trial.user_attrs["kv_baseline_capped"] = trial.user_attrs["kv_against_capped"] = True
+    return trial
+
+
 def test_capped_arms_are_told_by_attributes():
     study = filled(10)
-    params = CUBE.configurations(CUBE.corners())[3]
-    trial = told(params, (9 * GIB, 9 * GIB), value=0.0)
-    trial.user_attrs["kv_baseline_capped"] = trial.user_attrs["kv_against_capped"] = True
-    study.add_trial(trial)
-    assert study.sampler.surrogate(study).caps_bytes == (9 * GIB, 9 * GIB)
+    study.add_trial(capped_at(CUBE.configurations(CUBE.corners())[3], 90 * GIB))
+    assert study.sampler.surrogate(study).caps_bytes == (90 * GIB, 90 * GIB)
+
+
+def test_a_cap_that_others_exceed_bounds_nothing_but_itself():
+    """What limits it may be searched itself, as a size of the pool is."""
+    study = filled(10)
+    one, other = CUBE.configurations(CUBE.corners())[3:5]
+    study.add_trial(capped_at(one, 9 * GIB))
+    assert study.sampler.surrogate(study).caps_bytes == (np.inf, np.inf)
+    study = filled(10)
+    study.add_trial(capped_at(one, 90 * GIB))
+    study.add_trial(capped_at(other, 100 * GIB))
+    assert study.sampler.surrogate(study).caps_bytes == (np.inf, np.inf)
+
+
+def test_the_last_step_of_a_float_is_one_that_optuna_knows():
+    known = {"memory_fraction": FloatDistribution(0.3, 0.9, step=0.1)}
+    levels = Axes(known).cube.axes[0].levels
+    assert len(levels) == 7
+    assert all(known["memory_fraction"]._contains(level) for level in levels)
 
 
 def test_any_parameters_will_do():

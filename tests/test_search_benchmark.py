@@ -352,6 +352,13 @@ def test_aims_compare_ours_with_the_best_optuna_sampler():
     assert "ask and tell at 200 blocks, mean: 0.1 s" in lines
 
 
+def test_nothing_is_asked_below_the_floor():
+    lines = search_tables.summary(cells("ours", 80, "drift") + cells("ours", 12, "heavy"), [])["aims"]
+    assert "drift: 20 blocks are not asked for, its floor is 43; n80 80" in lines
+    (line,) = [line for line in lines if "noise is at most" in line]
+    assert "12 blocks (heavy; 1 of 1 landscapes within)" in line
+
+
 def test_a_place_that_failed_is_not_asked_for_again_and_again():
     """Beyond a cliff and about at the least capacity at once: neither cause is sure, nor ever would be."""
     land = landscapes.make("cliff", 4)

@@ -35,7 +35,7 @@ from .cube import Cube, Floats, Point
 from .feasibility import Capacity
 from .mixture import Mixture
 from .process import Inputs, Process, Said
-from .surrogate import Latent, Prediction, Surrogate, contrast
+from .surrogate import Latent, Prediction, Surrogate
 from .target import Target, density
 
 Cost = Callable[[Point], float]
@@ -169,7 +169,7 @@ def gain(model: Surrogate, target: Target, candidates: Floats, places: Floats) -
     """The share of what is unknown that a block at each candidate would take away, 0 to 1."""
     reductions = _Reductions.of(model, candidates, places)
     said = model.predict(places, reductions.latent)
-    capacity = reductions.share(_log_baseline, said.feasible_a)
+    capacity = reductions.share(partial(_log_baseline, 0.01 * model.measured_bytes[1]), said.feasible_a)
     amounts, shares = [], []
     for amount, share in _asked(model, target, said, reductions, candidates, places):
         amounts.append(amount)
@@ -186,11 +186,11 @@ def _asked(
     """Each part of the question: how much of it is open, and the share of that which each candidate takes away."""
     both = said.feasible_both
     if target.kind == "contrast":
-        yield 1.0, reductions.share(contrast, both)
+        yield 1.0, reductions.share(model.contrast, both)
     if target.kind == "level_set":
         above = ndtr((said.contrast_mean - target.margin) / np.maximum(said.contrast_sd, 1e-9))
         weight = both * density(said.contrast_mean, said.contrast_sd, target.margin)
-        yield _open(above, both), reductions.share(contrast, weight)
+        yield _open(above, both), reductions.share(model.contrast, weight)
     capacities = ((said.kv_a_mean, said.kv_a_sd), (said.kv_b_mean, said.kv_b_sd))
     at = [model.places(candidates, of_block) for of_block, _ in reductions.capacity]
     for arm, (mean, sd) in enumerate(capacities):
@@ -309,8 +309,8 @@ class _Reductions:
         )
 
 
-def _log_baseline(a: Floats, b: Floats) -> Floats:  # noqa: ARG001
-    return np.asarray(np.log(np.maximum(a, 0.01 * np.abs(a).max(initial=1.0))))
+def _log_baseline(least: float, a: Floats, b: Floats) -> Floats:  # noqa: ARG001
+    return np.asarray(np.log(np.maximum(a, least)))
 
 
 def _of_arm(arm: int, a: Floats, b: Floats) -> Floats:

@@ -180,7 +180,8 @@ def _searched(name: str, known: BaseDistribution) -> search_spec.Axis:
             return tuple(range(known.low, known.high + 1, known.step))
         case FloatDistribution():
             count = round((known.high - known.low) / known.step)
-            return tuple(known.low + known.step * each for each in range(count + 1))
+            # at the end a rounding error more would be a value that Optuna draws for itself
+            return tuple(min(known.low + known.step * each, known.high) for each in range(count + 1))
         case CategoricalDistribution():
             return tuple(known.choices)
         case _:

@@ -37,6 +37,8 @@ TRUSTED = 4.0
 """Leave-one-out errors that are taken to be as predicted, beside those seen: few blocks widen little by chance."""
 LAW_TERMS = 4
 """What a law leaves to be learned from the same blocks as their noise."""
+ONE_CAP = 1.02
+"""By how much a block's blocks of KV cache may differ at one and the same cap."""
 FEWEST_FREE = 3
 """Degrees of freedom: with fewer, bands would say nothing any more."""
 
@@ -91,11 +93,11 @@ class Surrogate:
     blocks: int
     pair: Pair
     caps_bytes: tuple[float, float]
-    """The capacity at which each arm was found capped; infinite if it never was."""
+    """The capacity that each arm never exceeds; infinite if it was never found capped, or at several capacities."""
     widening: tuple[float, float]
     """Of the standard deviations of common and difference."""
-    largest_bytes: float
-    """The largest capacity that was measured."""
+    measured_bytes: tuple[float, float]
+    """The smallest and the largest capacity that was measured."""
     failed: NDArray[np.bool_]
     """Which arm had no capacity in which of the blocks that were measured, (blocks, 2)."""
     one_level: bool
@@ -160,7 +162,7 @@ class Surrogate:
     def places(self, raw: Floats, kv_bytes: Floats) -> Inputs:
         """Where they are, as a cliff sees it: the axes, a constant, and the capacity that an arm is predicted to have."""
         plain = Scale(self.cube, None).inputs(raw)[0]
-        capacity = np.sqrt(3) * (2 * kv_bytes[:, None] / self.largest_bytes - 1)  # as even as the axes
+        capacity = np.sqrt(3) * (2 * kv_bytes[:, None] / self.measured_bytes[1] - 1)  # as even as the axes
         return Inputs(plain.cube, plain.certain[:, :0], np.hstack([plain.doubtful, plain.certain, capacity]))
 
     def contradicted(self) -> NDArray[np.bool_]:
@@ -169,14 +171,17 @@ class Surrogate:
         return np.asarray((self.pair.doubt > DOUBTED) & (counts[of_row.ravel()] == 1))
 
     def moments(self, raw: Floats, latent: Latent, *, noise: bool = False) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of both capacities, the contrast and their difference, (4, n), by Gauss-Hermite quadrature."""
+        """Mean and standard deviation of both capacities, the contrast and their difference, (4, n), by Gauss-Hermite quadrature.
+
+        With `noise` of what a block measures, at some time: drift is noise to it.
+        """
         means, sds = latent
         if noise:
-            of_both = [[self.pair.common.noise_variance], [self.pair.difference.noise_variance]]
+            of_both = [[self.pair.common.block_variance], [self.pair.difference.block_variance]]
             sds = np.sqrt(sds**2 + np.array(of_both))
         z = means[:, None] + NODES.T[:, :, None] * sds[:, None]
         kv = self.kv_bytes(z[0], z[1], raw)
-        values = np.stack([*kv, contrast(*kv), kv[0] - kv[1]])
+        values = np.stack([*kv, self.contrast(*kv), kv[0] - kv[1]])
         mean = np.einsum("n,vnr->vr", NODE_WEIGHTS, values)
         return mean, np.sqrt(np.einsum("n,vnr->vr", NODE_WEIGHTS, (values - mean[:, None]) ** 2))
 
@@ -194,6 +199,12 @@ class Surrogate:
         a = self.pair.scale.bytes_of(common + difference / 2, raw)
         b = self.pair.scale.bytes_of(common - difference / 2, raw)
         return np.minimum(a, self.caps_bytes[0]), np.minimum(b, self.caps_bytes[1])
+
+    def contrast(self, a: Floats, b: Floats) -> Floats:
+        """1 - b / a; of less than was ever measured, and than a hundredth of the most, there is no telling: feasibility decides."""
+        smallest, largest = self.measured_bytes
+        least = max(min(smallest, 0.01 * largest), np.finfo(np.float64).tiny)
+        return np.asarray(np.clip(1 - np.maximum(b, least) / np.maximum(a, least), -2.0, 1.0))
 
     def condition(self, configurations: Iterable[Mapping[str, float]] | Floats) -> Surrogate:
         """As if these were measured too, each arm at its mean: for blocks that are under way."""
@@ -219,12 +230,6 @@ def _smaller(mean: Floats, sd: Floats) -> tuple[Floats, Floats]:
     first = a * ndtr(z) + b * ndtr(-z) - density
     second = (a**2 + a_sd**2) * ndtr(z) + (b**2 + b_sd**2) * ndtr(-z) - (a + b) * density
     return first, np.sqrt(np.maximum(second - first**2, 0.0))
-
-
-def contrast(a: Floats, b: Floats) -> Floats:
-    """1 - b / a, within what can be meant: where the baseline has hardly any capacity, feasibility decides."""
-    least = np.maximum(0.01 * np.abs(a).max(initial=1.0), 1.0)
-    return np.asarray(np.clip(1 - b / np.maximum(a, least), -2.0, 1.0))
 
 
 # ---- fitting ------------------------------------------------------------------------------------------------------
@@ -259,14 +264,9 @@ def _learn(cube: Cube, rows: tuple[Row, ...], with_law: bool) -> _Learned:
 
 
 def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) -> Surrogate:
-    caps = np.where(data.capped, data.kv_bytes, np.nan)
-    baseline, against = (
-        float(np.median(of_arm[~np.isnan(of_arm)])) if data.capped[:, arm].any() else np.inf
-        for arm, of_arm in enumerate(caps.T)
-    )
-    largest = max(float(np.nanmax(data.kv_bytes)), 1.0)
+    measured = float(np.nanmin(data.kv_bytes)), float(np.nanmax(data.kv_bytes))
     found = Surrogate(
-        cube, seed, len(data.raw), pair, (baseline, against), _widening(pair), largest, data.failed,
+        cube, seed, len(data.raw), pair, (_cap(data, 0), _cap(data, 1)), _widening(pair), measured, data.failed,
         data.one_level, (),
     )  # fmt: skip
     mean, sd = found.moments(data.raw, found.latent(data.raw), noise=True)
@@ -275,6 +275,14 @@ def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) ->
         places, data.failed, data.floor_bytes, mean, sd, cliffs, one_level=data.one_level
     )
     return replace(found, feasibility=feasibility)
+
+
+def _cap(data: Data, arm: int) -> float:
+    """The capacity that an arm never exceeds; infinite if none is known, or if what limits it is itself searched."""
+    capped = data.kv_bytes[data.capped[:, arm], arm]
+    if not len(capped) or np.nanmax(data.kv_bytes[:, arm]) > ONE_CAP * capped.min():
+        return float(np.inf)
+    return float(np.median(capped))
 
 
 def _widening(pair: Pair) -> tuple[float, float]:
