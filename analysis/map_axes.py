@@ -47,14 +47,17 @@ def ticks(found: Map, place: int) -> dict[str, Any]:
         doublings = [2.0**power for power in range(first, last + 1, step)]
         values = doublings if len(doublings) > 1 else [axis.low, axis.high]  # a short axis crosses none
     else:
-        values = _round_values(axis.low, axis.high)
+        values = _round_values(axis.low, axis.high, least=1.0 if axis.integer else 0.0)
     places = [float(at) for at in axis.unit(np.array(values, dtype=np.float64))]
     words = [safe(found.written(place, value)) for value in values]
     return {"tickmode": "array", "tickvals": places, "ticktext": words}
 
 
-def _round_values(low: float, high: float) -> list[float]:
-    rough = (high - low) / _TICKS
+def _round_values(low: float, high: float, least: float) -> list[float]:
+    """`least` apart, at least."""
+    if high <= low:
+        return [low]
+    rough = max((high - low) / _TICKS, least)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     count = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)

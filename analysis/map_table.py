@@ -147,7 +147,7 @@ def of_run(store: Store) -> Map | NoMap:
     surrogate = mapping.surrogate(store, experiment)
     observations = mapping.observations(store, experiment)
     if surrogate is None:
-        return NoMap(f"too few of its {len(observations)} complete blocks have a number of both arms")
+        return NoMap(mapping.lacks(observations))
     compared = experiment.compared
     return Map(
         surrogate,
@@ -203,7 +203,7 @@ def at_middle(cube: Cube, columns: Mapping[int, Floats]) -> Floats:
 
 
 def runnable(cube: Cube, raw: Floats) -> Mask:
-    """Which of the places a search could ask for: an engine refuses a step with fewer tokens than sequences."""
+    """Which of the places a search could ask for: in a range, tokens are raised to the batch, as an engine wants them."""
     return np.asarray(np.isclose(cube.snap(cube.unit(raw)), raw).all(axis=1))
 
 
@@ -218,7 +218,8 @@ def table(found: Map, *, simulated: bool, double: bool) -> pd.DataFrame:
     )
     column, unit = found.quantity.column, found.quantity.unit
     for arm, mean, sd, feasible in of_arms:
-        rows[f"{column}_{arm}_mean_{unit}"], rows[f"{column}_{arm}_sd_{unit}"] = mean, sd
+        # below nothing a law's line goes on, where it says how far an arm is from working
+        rows[f"{column}_{arm}_mean_{unit}"], rows[f"{column}_{arm}_sd_{unit}"] = np.maximum(mean, 0.0), sd
         rows[f"feasible_{arm}"] = feasible
     rows["feasible_both"] = said.feasible_both
     rows["contrast_mean"], rows["contrast_sd"] = said.contrast_mean, said.contrast_sd

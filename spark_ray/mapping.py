@@ -5,6 +5,7 @@ Who chose the blocks makes no difference: any run with enough complete blocks ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from .plan import Block
 from .search import space
 from .search.divergence_sampler import Axes
 from .search.stopping import Decision, decide
-from .search.surrogate import Observation, Surrogate, TooFewBlocks
+from .search.surrogate import FEWEST_COMPLETE, Observation, Surrogate, TooFewBlocks
 from .search.target import Target
 from .search.threads import one_thread
 from .store import Store
@@ -55,12 +56,20 @@ def decision(store: Store, experiment: Experiment) -> Decision:
         target(experiment),
         known,
         misclassified=asked.target.precision,
-        blocks=len(known)
-        if len(complete) >= asked.blocks
-        else None,  # those that told nothing were spent too
+        # those that told nothing were spent too
+        blocks=len(known) if len(complete) >= asked.blocks else None,
     )
     open_share = f"{found.undecided_volume:.1%} of the space undecided"
     return replace(found, why=f"{found.why}; {len(complete)} of {asked.blocks} blocks, {open_share}")
+
+
+def lacks(known: Sequence[Observation]) -> str:
+    """What a run has where it has no map."""
+    comparable = sum(None not in block.kv and not any(block.capped) for block in known)
+    of_all = (
+        f"{comparable} of its {len(known)} complete blocks have a number of both arms that nothing capped"
+    )
+    return f"{of_all}, and a map needs {FEWEST_COMPLETE}"
 
 
 # ---- reading ------------------------------------------------------------------------------------------------

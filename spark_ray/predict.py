@@ -13,6 +13,7 @@ import numpy as np
 from . import mapping, power
 from .errors import InputError, RunError, typed
 from .experiment import Experiment
+from .knobs import scalar_words
 from .search_spec import Axis, Configuration, Span
 from .spec import Scalar, held
 from .store import Store
@@ -32,7 +33,9 @@ class Interval:
 
     @classmethod
     def of(cls, mean: float, sd: float, least: float = -np.inf, most: float = np.inf) -> Interval:
-        return cls(float(mean), max(least, float(mean - Z_95 * sd)), min(most, float(mean + Z_95 * sd)))
+        """Within what there can be: a law's line goes on below nothing."""
+        ends = np.clip([mean, mean - Z_95 * sd, mean + Z_95 * sd], least, most)
+        return cls(*map(float, ends))
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,12 @@ def predict(store: Store, settings: Sequence[str]) -> Predicted:
     known = mapping.observations(store, experiment)
     surrogate = mapping.surrogate(store, experiment)
     if surrogate is None:
-        both = sum(None not in block.kv for block in known)
         raise RunError(
-            f"{store.folder} has no map yet: {both} of its {len(known)} complete blocks have a number of both arms",
+            f"{store.folder} has no map yet: {mapping.lacks(known)}",
             mend=f"go on with it: {typed(f'resume {store.folder}')}"
             if len(known) < experiment.search.blocks
-            else "all its blocks are spent: search where both arms work, or give sweep --resume a larger search.blocks",
+            else "all its blocks are spent: search where both arms work and memory sets their capacity (not engine.kv_cache "
+            "or engine.max_tokens), or give sweep --resume a larger search.blocks",
         )
     said = surrogate.predict([mapping.axes(experiment).numbers(configuration)])
     target, widening = mapping.target(experiment), mapping.decision(store, experiment).widening
@@ -210,8 +213,8 @@ def _asked(experiment: Experiment, settings: Sequence[str]) -> tuple[Configurati
         if name not in given and isinstance(axis, tuple) and len(axis) == 1:
             given[name] = axis[0]
     wrong += [f"{name} is missing" for name in axes if name not in given]
-    batch, tokens = given.get("max_batch_size"), given.get("max_num_tokens")
-    if isinstance(batch, int) and isinstance(tokens, int) and tokens < batch:
+    batch, tokens, range_ = given.get("max_batch_size"), given.get("max_num_tokens"), axes["max_num_tokens"]
+    if isinstance(batch, int) and isinstance(tokens, int) and isinstance(range_, Span) and tokens < min(batch, range_.high):  # fmt: skip
         wrong.append(f"max_num_tokens {tokens} is below max_batch_size {batch}: an engine refuses that")
     if wrong:
         searched = "; ".join(f"{name} {_words(axis, units.get(name, ''))}" for name, axis in axes.items())
@@ -219,12 +222,15 @@ def _asked(experiment: Experiment, settings: Sequence[str]) -> tuple[Configurati
     return {name: given[name] for name in axes}, tuple(notes)
 
 
+_JSON = {"True": "true", "False": "false", "None": "null"}
+
+
 def _value(written: str, axis: Axis) -> Scalar:
-    """As YAML would have it; a size in bytes, a duration in seconds; a word that looks like a number as the axis has it."""
+    """As JSON or Python would have it; a size in bytes, a duration in seconds; a word that looks like a number as the axis has it."""
     if isinstance(axis, tuple) and written in axis:
         return written
     try:
-        value = json.loads(written)
+        value = json.loads(_JSON.get(written, written))
     except ValueError:
         return held(written)
     return value if isinstance(value, bool | int | float | str | None) else written
@@ -244,7 +250,8 @@ def _misfit(name: str, value: Scalar, axis: Axis, unit: str) -> tuple[str | None
     low, high = (axis.low, axis.high) if isinstance(axis, Span) else (min(axis), max(axis))  # type: ignore[type-var]
     if not low <= value <= high:  # type: ignore[operator]
         return outside, None
-    if isinstance(low, int) and isinstance(value, float):
+    whole = isinstance(low, int) if isinstance(axis, Span) else all(isinstance(each, int) for each in axis)
+    if whole and isinstance(value, float):
         return f"{name} must be a whole number: got {value}", None
     between = isinstance(axis, tuple) and value not in axis
     return (
@@ -265,4 +272,6 @@ def in_words(value: Scalar, unit: str) -> str:
     """A value of a knob; `unit`: B of a size, s of a duration."""
     if unit == "B" and isinstance(value, int | float):
         return format_bytes(value)
+    if isinstance(value, bool) or value is None:
+        return scalar_words(value)  # as it is typed again
     return f"{value} s" if unit == "s" else str(value)

@@ -171,7 +171,7 @@ def test_the_share_that_diverges_is_the_true_one(steep):
     truth = np.mean([native_gib(at, held_gib(at)) < 0.95 * native_gib(at) for at in places])
     share = steep.divergent
     assert share.low <= truth <= share.high
-    assert 0.1 < share.high - share.low + 0.05 < 0.3
+    assert 0.02 < share.high - share.low < 0.25
     assert "container has over 5.0 % less KV capacity than native" in map_words.headline(steep)
 
 
@@ -327,6 +327,12 @@ def test_an_axis_that_crosses_no_doubling_has_its_ends_written():
     assert map_axes.ticks(found, 1) == {"tickmode": "array", "tickvals": [0, 1], "ticktext": ["5000", "7000"]}
 
 
+def test_whole_values_are_written_once_and_one_alone_is_no_axis():
+    assert map_axes._round_values(1, 3, least=1.0) == [1, 2, 3]
+    assert map_axes._round_values(16, 16, least=1.0) == [16]
+    assert map_axes._round_values(0.3, 0.5, least=0.0) == [0.3, 0.35, 0.4, 0.45, 0.5]
+
+
 def test_sizes_among_knobs_are_written_with_their_unit(steep):
     sized = dataclasses.replace(steep, units={"max_num_tokens": "B", "max_batch_size": "s"})
     at = {"max_batch_size": 4, "max_num_tokens": 2048, "memory_fraction": 0.5}
@@ -377,9 +383,9 @@ def test_the_margin_of_the_map_is_the_one_in_force(map_run, tmp_path):
 @pytest.mark.process
 def test_a_run_with_too_few_blocks_says_that_it_has_no_map_yet(few_blocks):
     assert cli.main(["report", str(few_blocks)]) == 0
-    assert "There is no map: too few of its 2 complete blocks" in (few_blocks / "report.html").read_text()
+    assert "There is no map: 2 of its 2 complete blocks" in (few_blocks / "report.html").read_text()
     assert json.loads((few_blocks / "summary.json").read_text())["map"] == {
-        "missing": "too few of its 2 complete blocks have a number of both arms"
+        "missing": "2 of its 2 complete blocks have a number of both arms that nothing capped, and a map needs 3"
     }
     assert not (few_blocks / map_table.FILE).exists()
     findings = json.loads((few_blocks / "summary.json").read_text())["findings"]

@@ -98,7 +98,10 @@ def test_a_mistake_is_an_error_that_says_what_was_searched(map_run, settings, me
 def test_a_run_without_a_map_says_what_it_lacks(few_blocks, tmp_path, capsys):
     assert cli.main(["predict", str(few_blocks), *said(**AT)]) == 2
     shown = capsys.readouterr().err
-    assert "has no map yet: 2 of its 2 complete blocks have a number of both arms" in shown
+    assert (
+        "has no map yet: 2 of its 2 complete blocks have a number of both arms that nothing capped, and a map needs 3"
+        in shown
+    )
     assert "mend: go on with it:" in shown
     assert cli.main(["predict", str(tmp_path), *said(**AT)]) == 2
     assert "is not a run" in capsys.readouterr().err
@@ -175,3 +178,30 @@ def test_fewer_tokens_than_sequences_are_refused():
     experiment = searched(max_num_tokens={"low": 8, "high": 4096})
     with pytest.raises(InputError, match="max_num_tokens 8 is below max_batch_size 16"):
         predict._asked(experiment, ["max_num_tokens=8", "memory_fraction=0.5"])
+
+
+def test_what_was_run_as_it_was_listed_is_answered():
+    experiment = searched(max_num_tokens=[8, 4096])
+    asked, _ = predict._asked(experiment, ["max_num_tokens=8", "memory_fraction=0.5"])
+    assert asked["max_num_tokens"] == 8
+
+
+@pytest.mark.parametrize("written", ["true", "True"])
+def test_yes_and_no_are_typed_as_they_are_shown(written):
+    axis = (True, False)
+    assert predict._value(written, axis) is True
+    assert predict._misfit("engine.cuda_graphs", True, axis, "") == (None, None)
+    assert predict._words((True, False, None), "") == "true, false, null"
+    assert predict._value("null", (None, 5)) is predict._value("None", (None, 5)) is None
+
+
+def test_a_list_of_which_some_are_whole_has_numbers_between():
+    assert predict._misfit("engine.landscape.parameters.gain", 1.5, (1, 1.5, 2), "") == (None, None)
+    problem, _ = predict._misfit("max_batch_size", 1.5, (1, 2), "")
+    assert "whole number" in problem
+
+
+def test_nothing_is_the_least_that_is_predicted():
+    found = predict.Interval.of(-40.0, 1.0, 0.0)
+    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    assert predict.Interval.of(0.9, 0.2, most=1.0).high == 1.0

@@ -35,7 +35,7 @@ def test_noise_keeps_it_open_and_the_budget_ends_it():
     assert open_.undecided_volume > 0.1
     spent = decision(24, noise_gib=4.0, limit=24)
     assert spent.stop
-    assert "24 blocks are spent" in spent.why
+    assert "all blocks are spent" in spent.why
     assert decide(None, Target(), [], blocks=4).stop is False
 
 

@@ -442,6 +442,43 @@ def test_whatever_blocks_say_predictions_are_finite(seed, blocks, fails, capped)
     assert set(chosen) == {"max_batch_size", "max_num_tokens", "memory_fraction"}
 
 
+def test_a_contrast_is_the_same_whatever_else_is_asked():
+    """Small capacities beside large ones: equal arms do not differ."""
+    small = fit(memavailable, 20)
+    raw = np.array([[256.0, 32768.0, 0.3], [1.0, 256.0, 0.95], [16.0, 1024.0, 0.5]])
+    together = small.predict(raw)
+    for row, alone in enumerate(raw):
+        one = small.predict(alone[None])
+        assert one.contrast_mean[0] == pytest.approx(together.contrast_mean[row], abs=1e-8)
+    a = np.array([0.004, 1.0]) * small.measured_bytes[1]
+    np.testing.assert_array_equal(small.contrast(a, a), 0.0)
+
+
+def test_rates_below_one_are_compared_as_any_other():
+    observed = [
+        Observation(each.configuration, tuple(kv / GIB / 1e3 for kv in each.kv))
+        for each in measure(memfree, CUBE.filling(20, 3))
+    ]
+    said = Surrogate.fit(SPACE, observed, law=False, seed=3).predict(ELSEWHERE)
+    true = 1 - memfree(ELSEWHERE)[:, 1] / memfree(ELSEWHERE)[:, 0]
+    assert np.median(np.abs(said.contrast_mean - true)) < 0.02
+
+
+def test_what_makes_a_block_fail_may_be_drift():
+    """Noise of a block is what it meets: the host's drift too."""
+    raw, drift = CUBE.filling(24, 3), np.repeat([3.0, -3.0, 3.0, -3.0], 6)
+    taken = [(row, arm, raw[row, 2] * gib) for row, gib in enumerate(drift) for arm in (0, 1)]
+    surrogate = Surrogate.fit(SPACE, measure(memfree, raw, spoiled=taken), seed=3)
+    of_block, of_function = (
+        surrogate.moments(raw, surrogate.latent(raw), noise=noise)[1][0] for noise in (True, False)
+    )
+    drift_bytes = raw[:, 2] * np.sqrt(
+        surrogate.pair.common.block_variance - surrogate.pair.common.noise_variance
+    )
+    assert (np.hypot(of_function, drift_bytes) <= of_block * 1.001).all()
+    assert np.median(drift_bytes / GIB / raw[:, 2]) > 1.0
+
+
 # ---- what no law foresees
 
 

@@ -18,6 +18,8 @@ from .cube import Cube, Floats
 from .process import Inputs
 
 Family = law.Family | None
+TINY = 1e-12
+"""The least of which a logarithm is taken: a rate may be far below one token a second."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Scale:
 
     def of_bytes(self, kv_bytes: Floats, raw: Floats) -> Floats:
         if self.family is None:
-            return np.asarray(np.log(np.maximum(kv_bytes, 1.0)))
+            return np.asarray(np.log(np.maximum(kv_bytes, TINY)))
         return np.asarray(kv_bytes / self.gain(raw)[:, None])
 
     def bytes_of(self, z: Floats, raw: Floats) -> Floats:
@@ -42,7 +44,7 @@ class Scale:
     def log_density(self, kv_bytes: Floats, raw: Floats) -> Floats:
         """What turns a density of z into one of bytes, for two arms."""
         if self.family is None:
-            return np.asarray(-np.log(np.maximum(kv_bytes, 1.0)).sum(axis=1))
+            return np.asarray(-np.log(np.maximum(kv_bytes, TINY)).sum(axis=1))
         return np.asarray(-2 * np.log(self.gain(raw)))
 
     def inputs(self, raw: Floats) -> tuple[Inputs, Inputs]:

@@ -26,7 +26,7 @@ FILLING_PER_START = 2
 CONTRADICTED = 3.0
 """Standard deviations between a block and what all others say of it."""
 PLACES = 2048
-TOO_FEW = "too few blocks so far in which both arms have a number"
+TOO_FEW = "too few blocks so far in which both arms have a number that nothing capped"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def decide(
         why = f"{measured} of the {needed} blocks that fill the space are measured"
     else:
         why = f"{expected:.1%} of the space is expected to be called wrongly, more than {misclassified:.1%}"
-    why = f"all {blocks} blocks are spent; {why}" if spent else why
+    why = f"all blocks are spent; {why}" if spent else why
     return Decision(spent, why, expected, undecided, widening)
 
 

@@ -5,7 +5,8 @@
     boundary     where does each arm stop working, and where does only one of them?
     optimum      which configuration gives each arm the largest capacity?
 
-Whatever is asked, the map is of everything: the target only says where blocks go, and what a wrong answer is.
+Whatever is asked, the map is of everything: the target says where blocks go. A wrong answer is one alone of two that works
+(`boundary`), and otherwise the wrong side of the margin too, also where sizes or the largest capacity are asked for.
 """
 
 from __future__ import annotations
