@@ -84,11 +84,13 @@ def _completeness(seen: Evidence) -> Iterator[Finding]:
 
 def _attempts(seen: Evidence) -> Iterator[Finding]:
     void = seen.trials[seen.trials["outcome"].isin(list(VOID))]
-    if len(void):
-        yield Finding(
-            "note",
-            f"{plural(len(void), 'attempt')} disturbed ({names(void['trial_id'])}); each such block ran again as a whole.",
-        )
+    again, waiting = void[void["standing"] == "superseded"], void[void["standing"] == "open"]
+    if len(again):
+        text_ = f"{plural(len(again), 'attempt')} disturbed ({names(again['trial_id'])}); each such block ran again as a whole."
+        yield Finding("note", text_)
+    if len(waiting):
+        text_ = f"{plural(len(waiting), 'attempt')} disturbed ({names(waiting['trial_id'])}) in blocks that are open: resume runs them again."
+        yield Finding("note", text_)
     spare = int((seen.trials["standing"] == "superseded").sum())
     if spare:
         yield Finding("note", f"{plural(spare, 'attempt')} superseded: on record below, in no number above.")
@@ -100,11 +102,13 @@ def _attempts(seen: Evidence) -> Iterator[Finding]:
         )
     counted = seen.counted
     failed = counted[~counted["outcome"].isin(list(ANSWERS))]
-    if len(failed):
-        yield Finding(
-            "doubt",
-            f"{plural(len(failed), 'trial')} failed ({names(failed['trial_id'])}): their blocks are missing from the contrast, and not at random.",
-        )
+    compared = failed["arm"].isin([seen.baseline, seen.against])
+    for rows, what in ((failed[compared], "the contrast"), (failed[~compared], "the contrast of their arm")):
+        if len(rows):
+            yield Finding(
+                "doubt",
+                f"{plural(len(rows), 'trial')} failed ({names(rows['trial_id'])}): their blocks are missing from {what}, and not at random.",
+            )
     for _, row in seen.trials[seen.trials["outcome"] == "host_wedged"].iterrows():
         yield Finding("grave", f"The watchdog ended {row['trial_id']}: the host ran out of memory.")
     mine = seen.pairs[(seen.pairs["arm"] == seen.against) & seen.pairs["contrast"].isna()]

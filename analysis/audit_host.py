@@ -99,7 +99,8 @@ def _instrument(seen: Evidence) -> Iterator[Finding]:
 def _quiet(seen: Evidence) -> Iterator[Finding]:
     """Whether anyone else was moving memory."""
     counted = seen.counted
-    others = (counted["sizing_other_anon_bytes"] - counted["sizing_ballast_bytes"].fillna(0)).dropna()
+    own = counted["sizing_ballast_bytes"].fillna(0) + counted["sizing_orchestrator_bytes"].fillna(0)
+    others = (counted["sizing_other_anon_bytes"] - own).dropna()
     if len(others) and others.max() - others.min() > _QUIET_BYTES:
         low, high = format_bytes(int(others.min())), format_bytes(int(others.max()))
         yield Finding(
@@ -108,13 +109,17 @@ def _quiet(seen: Evidence) -> Iterator[Finding]:
         )
     fallen = []
     for trial_id, attempt in zip(counted["trial_id"], counted["attempt"], strict=True):
-        cached = seen.samples.get(f"{trial_id}-{attempt}", pd.DataFrame()).get("cached_bytes")
-        if cached is not None and (cached.cummax() - cached).max() > _QUIET_BYTES:
-            fallen.append(trial_id)
+        sampled = seen.samples.get(f"{trial_id}-{attempt}", pd.DataFrame())
+        if "cached_bytes" in sampled:
+            files = sampled["cached_bytes"] - sampled.get("shmem_bytes", pd.Series(0, sampled.index)).fillna(
+                0
+            )
+            if (files.cummax() - files).max() > _QUIET_BYTES:
+                fallen.append(trial_id)
     if fallen:
         yield Finding(
             "doubt",
-            f"Page cache fell by more than {format_bytes(_QUIET_BYTES)} while {plural(len(fallen), 'attempt')} ran ({names(pd.Series(fallen))}): someone else dropped or reclaimed it.",
+            f"Page cache fell by more than {format_bytes(_QUIET_BYTES)} while {plural(len(fallen), 'attempt')} ran ({names(pd.Series(fallen))}): it was dropped, or reclaimed for this engine or somebody else.",
         )
 
 

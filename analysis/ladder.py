@@ -167,8 +167,8 @@ def summary(ladder: Ladder | None) -> dict[str, Any] | None:
             {
                 "arms": list(path.arms),
                 "blocks": path.blocks,
-                "steps_bytes": list(path.steps_bytes),
-                "sum_of_steps_bytes": path.sum_bytes,
+                "steps_bytes": list(path.steps_bytes) if path.blocks else None,
+                "sum_of_steps_bytes": path.sum_bytes if path.blocks else None,
                 "end_contrast_bytes": path.ends.as_dict(),
                 "gap_bytes": path.gap_bytes,
             }

@@ -206,7 +206,7 @@ def render(found: Analysis, summary: Mapping[str, Any], folder: Path) -> str:
     return templates().get_template("report.html").render(
         products=matmul.rows(found.valid, found.arms, found.baseline), summary=summary, found=found, figures=drawn, map=mapped, charts=_script_json(_charts(charts)),
         plotly=Markup(get_plotlyjs()), blocks=_block_rows(found), terms=parts, ladder=found.ladder,  # noqa: S704  the library itself
-        unhappy=[row for _, row in unhappy.iterrows()], verdicts=[verdict.sentence(each) for each in found.comparisons if each.arm in found.arms],
+        unhappy=[row for _, row in unhappy.iterrows()], verdicts=[found.sentence(each) for each in found.comparisons if each.arm in found.arms],
         differing=[row for row in found.properties if row.differs and not row.expected],
         expected=[row for row in found.properties if row.differs and row.expected], same=[row for row in found.properties if not row.differs],
         host={key: words(value) for key, value in (at(found.plan, "host") or {}).items()}, repeat=_repeat(found, folder),

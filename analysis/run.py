@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from spark_ray import power
 from spark_ray.store import Store
 
 from . import audit, contrasts, fingerprint, frames, ladder, noise, predictions, verdict
@@ -83,6 +84,15 @@ class Analysis:
         """Whether the compared arms are the same (A/A)."""
         return any(twin.arm == self.against for twin in self.twins)
 
+    def sentence(self, found: verdict.Comparison) -> str:
+        """The verdict on one arm, which is called divergent only above the noise of this run and of the pilot it was planned with."""
+        if any(twin.arm == found.arm for twin in self.twins):
+            return f"{found.baseline} and {found.arm} are the same (A/A): what follows is noise. {verdict.sentence(found)}"
+        pilot = power.of_plan(self.plan)
+        floors = [(self.noise_floor, "this run"), (pilot.floor if pilot else None, "the pilot")]
+        known = [(floor, of) for floor, of in floors if floor is not None]
+        return verdict.sentence(found, *max(known)) if known else verdict.sentence(found)
+
 
 def _arms(plan: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
     """Arms that were executed, baseline, against; a compared arm that was left out keeps its name."""
@@ -157,13 +167,7 @@ def verdict_of(found: Analysis) -> str:
     missing = [arm for arm in (found.baseline, found.against) if arm not in found.arms]
     if missing:
         return f"{first}No contrast: {' and '.join(missing)} was left out of this run."
-    same = (
-        f"{found.baseline} and {found.against} are the same (A/A): what follows is noise. "
-        if found.is_twin
-        else ""
-    )
-    floor = None if found.is_twin else found.noise_floor
-    said = first + same + _of_map(found) + verdict.sentence(found.main, floor)
+    said = first + _of_map(found) + found.sentence(found.main)
     widest = sorted(found.twins, key=lambda twin: twin.floor or 0.0)[-1:]
     return " ".join([said, *map(verdict.noise_sentence, widest), *_judged(found)])
 

@@ -5,12 +5,13 @@ Pure functions of plain numbers. An interval needs two blocks; with fewer there 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import stats
+
+from spark_ray import power
 
 CONFIDENCE = 0.95
 
@@ -118,10 +119,12 @@ def order_effect(differences: Sequence[float], arm_was_first: Sequence[bool]) ->
     """How much larger the difference is where the arm ran before the baseline (Welch). None without two of each."""
     first = [value for value, was in zip(differences, arm_was_first, strict=True) if was]
     second = [value for value, was in zip(differences, arm_was_first, strict=True) if not was]
-    if min(len(first), len(second)) < 2 or min(np.ptp(first), np.ptp(second)) == 0:
+    if min(len(first), len(second)) < 2:
         return None
-    test = stats.ttest_ind(first, second, equal_var=False)
-    return Effect(float(np.mean(first) - np.mean(second)), float(test.pvalue))
+    effect = float(np.mean(first) - np.mean(second))
+    if max(np.ptp(first), np.ptp(second)) == 0:  # capacity comes in whole blocks
+        return Effect(effect, 0.0) if effect else None
+    return Effect(effect, float(stats.ttest_ind(first, second, equal_var=False).pvalue))
 
 
 def trend(differences: Sequence[float], times: Sequence[float]) -> Effect | None:
@@ -153,8 +156,6 @@ def median(values: Sequence[float]) -> float | None:
     return float(np.median(values)) if len(values) else None
 
 
-def detectable(sd: float | None, n: int, power: float = 0.8) -> float | None:
-    """Smallest mean difference that n more blocks of this spread would show with this power (normal approximation)."""
-    if sd is None or n < 2 or sd == 0:
-        return None
-    return float((stats.norm.ppf(1 - (1 - CONFIDENCE) / 2) + stats.norm.ppf(power)) * sd / math.sqrt(n))
+def detectable(sd: float | None, n: int) -> float | None:
+    """Smallest mean difference that n more blocks of this spread would show, with the power and by the test of the plan."""
+    return None if sd is None or sd == 0 else power.detectable(sd, n)

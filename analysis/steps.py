@@ -124,9 +124,14 @@ def waterfall(found: Comparison) -> Figure | None:
 
 
 def _levels(ladder: Ladder) -> dict[str, float]:
-    """Mean difference of each arm from the root of its path, over the blocks complete on that path."""
+    """Mean difference of each arm from the root of its path, over the blocks complete on the path that has most of them.
+
+    An arm that is on no path with such a block has none.
+    """
     levels: dict[str, float] = {}
-    for path in ladder.paths:
+    for path in sorted(ladder.paths, key=lambda path: -path.blocks):
+        if not path.blocks:
+            break
         levels.setdefault(path.arms[0], 0.0)
         for (neighbour, arm), step in zip(itertools.pairwise(path.arms), path.steps_bytes, strict=True):
             levels.setdefault(arm, levels[neighbour] + step)
@@ -149,8 +154,9 @@ def staircase(ladder: Ladder | None, style: Style) -> Figure | None:
     """Every rung at its mean distance from the root; the bar is the interval of the step from its neighbour."""
     if ladder is None or not any(path.blocks for path in ladder.paths):
         return None
-    levels, rows = _levels(ladder), _rows(ladder)
-    below = {rung.arm: rung for rung in ladder.rungs}
+    levels = _levels(ladder)
+    rows = [arm for arm in _rows(ladder) if arm in levels]
+    below = {rung.arm: rung for rung in ladder.rungs if rung.arm in levels}
     every = [*levels.values(), *(levels[arm] - (rung.step.attribution.total.mean or 0.0) + edge for arm, rung in below.items()
              for edge in (rung.step.attribution.total.low, rung.step.attribution.total.high) if edge is not None)]  # fmt: skip
     unit, name = _unit(max(every) - min(every))

@@ -96,7 +96,12 @@ def _because(found: Comparison) -> str:
             f"{'less' if found.predicted_bytes < 0 else 'more'}, which leaves {format_bytes(abs(found.unpredicted_bytes))} of the mean to other memory."
         )
     if name == "rest":
-        return " No term that was read explains it."
+        told = abs(delta - size) <= _EXPLAINED * abs(delta)
+        return (
+            " No term that was read explains it."
+            if told
+            else f" The largest part, {format_bytes(abs(size))}, is in no term that was read."
+        )
     if name == "view" and abs(delta - size) <= _EXPLAINED * abs(delta):
         return (
             f" It is what each arm's memory view counts as free, such as a limit: {format_bytes(abs(size))}."
@@ -111,9 +116,17 @@ def _difference(found: Comparison) -> str:
     assert delta is not None  # noqa: S101
     less = paired.mean >= 0
     sign = 1.0 if less else -1.0
-    size = f"{format_bytes(abs(delta))} ({percent(abs(paired.mean))}, {_interval(paired, sign)})"
+    share = f"{percent(abs(paired.mean))}, {_interval(paired, sign)}"
     over = f"mean of {_blocks(paired.n)}" if paired.n > 1 else "one block"
-    return f"{found.arm} has {size} {'less' if less else 'more'} KV cache than {found.baseline}, {over}."
+    word, other = ("less", "more") if less else ("more", "less")
+    if sign * delta > 0:  # large capacities went the other way than most shares
+        return (
+            f"{found.arm} has in the mean of shares {word} KV cache than {found.baseline} ({share}), and yet {format_bytes(abs(delta))} {other} "
+            f"in the mean of bytes, {over}: the contrast is not the same everywhere."
+        )
+    return (
+        f"{found.arm} has {format_bytes(abs(delta))} ({share}) {word} KV cache than {found.baseline}, {over}."
+    )
 
 
 def _no_difference(found: Comparison) -> str:
@@ -137,8 +150,8 @@ def _capacity_only_in_one(found: Comparison) -> str:
     return f" {'; '.join(parts)}." if parts else ""
 
 
-def sentence(found: Comparison, noise_floor: float | None = None) -> str:
-    """The verdict on one arm. `noise_floor`: largest contrast that two equal arms showed, where the run has such."""
+def sentence(found: Comparison, noise_floor: float | None = None, of: str = "this run") -> str:
+    """The verdict on one arm. `noise_floor`: largest contrast that two equal arms showed, `of` this run or of its pilot."""
     paired = found.contrast
     if paired.n == 0:
         if found.complete_blocks == 0:
@@ -150,7 +163,7 @@ def sentence(found: Comparison, noise_floor: float | None = None) -> str:
     elif paired.n == 1 or paired.excludes_zero or exact:
         text = _difference(found)
         if noise_floor is not None and paired.mean is not None and abs(paired.mean) <= noise_floor:
-            text += f" Two equal arms of this run differ by up to {percent(noise_floor)}: this is not above the noise."
+            text += f" Two equal arms of {of} differ by up to {percent(noise_floor)}: this is not above the noise."
         else:
             text += _because(found)
     else:

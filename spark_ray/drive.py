@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 from . import digest
@@ -243,6 +245,27 @@ class Drive:
                 constraints=told.constraints,
                 attributes=told.attributes,
             )
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: end the present attempts, keep everything; a second one is not waited for."""
+
+    def __init__(self, drive: Drive) -> None:
+        self.hit = False
+        self._drive = drive
+        self._old = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.hit:
+            raise KeyboardInterrupt
+        self.hit = True
+        self._drive.stop()
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 def failed_share(store: Store) -> tuple[int, int]:

@@ -59,6 +59,7 @@ def begin(
         "overrides": list(loaded.overrides),
         "allowed_roots": [str(root) for root in loaded.allowed_roots],
         "arms": list(plan.executed),
+        "executed_as": _executed_as(plan),
         "left_out": {
             arm.name: [str(problem) for problem in arm.problems] for arm in plan.arms if not arm.available
         },
@@ -81,7 +82,10 @@ def begin(
 
 
 def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
-    """A run to be continued: the same experiment, worker, protocol and arms, or an error that says what differs."""
+    """A run to be continued: the same experiment, worker, protocol and arms, or an error that says what differs.
+
+    What may differ (limits, how many blocks, how precise) is in its plan from now on, for whoever reads or continues it.
+    """
     store = Store.resume(folder)
     stored = store.plan
     before, now = (
@@ -107,7 +111,28 @@ def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
             f"the run was begun with arms {', '.join(stored['arms'])}; this host now offers {', '.join(plan.executed)}",
             mend="mend the host (see the plan above), or start a new run",
         )
+    _refuse_other_treatments(stored, plan)
+    asked = {"experiment": loaded.resolved, "overrides": list(loaded.overrides)}
+    if json.dumps(asked) != json.dumps({key: stored[key] for key in asked}):
+        store.replan(stored | asked)
     return store
+
+
+def _executed_as(plan: Preview) -> dict[str, str]:
+    return {arm.name: arm.what for arm in plan.arms if arm.available}
+
+
+def _refuse_other_treatments(stored: dict[str, Any], plan: Preview) -> None:
+    """Root, or its absence, makes of what a YAML leaves open another treatment: blocks of both are no pairs."""
+    before, now = stored.get("executed_as"), _executed_as(plan)
+    if before is None or stored["spark_ray_version"] != __version__:  # which may word it otherwise
+        return
+    differing = [f"{arm}: {before[arm]}; now {now[arm]}" for arm in stored["arms"] if before[arm] != now[arm]]
+    if differing:
+        raise RunError(
+            "arms would be executed otherwise than before:\n" + "\n".join(differing),
+            mend="continue with the rights that the run was begun with (root or not), or start a new run",
+        )
 
 
 def _bundle_changed(bundle: Path, stored: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def run(path: Path, overrides: tuple[str, ...], blocks: int, options: running.Op
     folder = running.run_folder(options, data["name"])
     cluster = config.load_cluster(options.cluster) if options.cluster else one_local_node()
     planned = running.look_at(begun, options, folder, cluster)
-    code = running.carry_out(planned, options, f"spark-ray resume {folder}")
+    flags = ["--local"] if options.local else ["--address", options.address] if options.address else []
+    code = running.carry_out(planned, options, shlex.join(["spark-ray", "resume", str(folder), *flags]))
     if options.plan or code != EXIT_OK:
         return code
     console = Console(highlight=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import (
@@ -63,6 +63,15 @@ class Preview:
     def executed(self) -> tuple[str, ...]:
         """Arms that will run, in the order of the YAML."""
         return tuple(arm.name for arm in self.arms if arm.available)
+
+    def limited_to(self, begun: Sequence[str]) -> Preview:
+        """As a run goes on that was begun with these arms: what the host offers besides by now is left out of it."""
+        late = Problem("the run was begun without it", "start a new run to have it")
+        arms = (
+            arm if arm.name in begun or not arm.available else replace(arm, problems=(late,), required=False)
+            for arm in self.arms
+        )
+        return replace(self, arms=tuple(arms))
 
     @property
     def is_double(self) -> bool:

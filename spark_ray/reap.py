@@ -60,21 +60,24 @@ def is_driven(run: str) -> bool:
 
 
 def leftovers(run: Path | None, docker_client: Any | None, *, driver: bool = False) -> list[Leftover]:
-    """Everything of `run` (or of any run) that should not be there; nothing of a run that is being driven.
+    """Everything of `run` (or of any run: of files, those below ./runs) that should not be there; nothing of a run that is being driven.
 
     `driver`: the caller is the one that drives `run`, and has not started anything yet.
     """
     found = [*_processes(), *_containers(docker_client), *_podman_containers()]
     wanted = str(run.absolute()) if run is not None else None
+    here = Path("runs").absolute()
+    runs = (
+        [run.absolute()]
+        if run is not None
+        else [path.parent for depth in ("*", "*/*") for path in sorted(here.glob(f"{depth}/plan.json"))]
+    )
+    for folder in runs:
+        fills = sorted(folder.glob("scratch/*/page-cache-fill-*"))
+        found += [Leftover("fill file", str(path), str(folder), "held page cache") for path in fills]
+        caches = [path for path in sorted(folder.glob("scratch/*/compile-cache")) if _holds_files(path)]
+        found += [Leftover("compile cache", str(path), str(folder), "compiled kernels") for path in caches]
     if run is not None:
-        fills = sorted(run.absolute().glob("scratch/*/page-cache-fill-*"))
-        found += [Leftover("fill file", str(path), str(run.absolute()), "held page cache") for path in fills]
-        caches = [
-            path for path in sorted(run.absolute().glob("scratch/*/compile-cache")) if _holds_files(path)
-        ]
-        found += [
-            Leftover("compile cache", str(path), str(run.absolute()), "compiled kernels") for path in caches
-        ]
         found += _groups(run)  # after the processes, which may be in them
     driven: dict[str, bool] = {wanted: False} if wanted and driver else {}
     return [

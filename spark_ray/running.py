@@ -6,14 +6,12 @@ import contextlib
 import json
 import logging
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import click
@@ -21,7 +19,7 @@ from rich.console import Console
 
 from . import config, image, opening, orchestrator, power, reap
 from .cluster import Cluster, one_local_node
-from .drive import Drive, Known, failed_share
+from .drive import Drive, Interrupt, Known, failed_share
 from .environment_spec import DockerEnvironment
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, InputError, RunError
 from .execute import LocalSlots
@@ -104,7 +102,13 @@ def _allow_roots(path: Path, options: Options) -> list[str | Path]:
     return [*options.allow_roots, *(Store.read(path.parent).plan.get("allowed_roots", ()) if own else ())]
 
 
-def look(path: Path, overrides: tuple[str, ...], options: Options) -> Planned:
+def look(
+    path: Path,
+    overrides: tuple[str, ...],
+    options: Options,
+    folder_of: Callable[[str], Path] | None = None,
+) -> Planned:
+    """`folder_of` an experiment's name, where its run is; left out, what --out says."""
     loaded = config.load_experiment(path, overrides, _allow_roots(path, options))
     if (options.address or options.cluster) and orchestrator.named(
         loaded.experiment, list(loaded.experiment.arms)
@@ -114,19 +118,23 @@ def look(path: Path, overrides: tuple[str, ...], options: Options) -> Planned:
             mend="leave out --address and --cluster",
         )
     cluster = config.load_cluster(options.cluster) if options.cluster else one_local_node()
-    return look_at(loaded, options, run_folder(options, loaded.experiment.name), cluster)
+    name = loaded.experiment.name
+    return look_at(loaded, options, folder_of(name) if folder_of else run_folder(options, name), cluster)
 
 
 def look_at(loaded: config.LoadedExperiment, options: Options, folder: Path, cluster: Cluster) -> Planned:
     """What this host makes of an experiment; its margin is at least the noise floor of its pilot."""
-    noise, pilot = None, loaded.experiment.search.target.pilot
+    noise, pilot, begun = None, loaded.experiment.search.target.pilot, None
     if options.resume and (folder / PLAN).is_file():
-        noise = power.of_plan(Store.read(folder).plan)
+        begun = Store.read(folder).plan
+        noise = power.of_plan(begun)
     elif pilot is not None:
         noise = power.of_pilot(Path(pilot), loaded.experiment)
     experiment = power.in_force(loaded.experiment, noise)
     plan = preview(experiment, cluster, probe(experiment), noise)
-    return Planned(replace(loaded, experiment=experiment), plan, folder)
+    return Planned(
+        replace(loaded, experiment=experiment), plan.limited_to(begun["arms"]) if begun else plan, folder
+    )
 
 
 def check_address(options: Options) -> None:
@@ -139,11 +147,15 @@ def check_address(options: Options) -> None:
 # ---- the run ----------------------------------------------------------------------------------------------
 
 
+How = Literal["finished", "paused", "interrupted", "blocks were given up"]
+"""Paused: by --max-blocks or --max-time. Given up: what disturbs them is still there."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a drive ended, and what its records say."""
 
-    how: Literal["finished", "paused", "interrupted"]  # paused: by --max-blocks or --max-time
+    how: How
     summary: dict[str, Any]
     code: int
 
@@ -211,30 +223,7 @@ def _logging(folder: Path, *, verbose: bool) -> Iterator[None]:
             handler.close()
 
 
-class _Interrupt:
-    """Ctrl-C and SIGTERM: end the present attempts, keep everything; a second one is not waited for."""
-
-    def __init__(self, drive: Drive) -> None:
-        self.hit = False
-        self._drive = drive
-        self._old = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.hit:
-            raise KeyboardInterrupt
-        self.hit = True
-        self._drive.stop()
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-def _drive(
-    store: Store, planned: Planned, options: Options, console: Console
-) -> Literal["finished", "paused", "interrupted"]:
+def _drive(store: Store, planned: Planned, options: Options, console: Console) -> How:
     """Execute what is pending."""
     experiment, arms = planned.loaded.experiment, planned.plan.executed
     search = opening.study(store, experiment, planned.plan.mark)
@@ -264,7 +253,7 @@ def _drive(
             drive = Drive(
                 store, experiment, arms, search, terminal, interrupted, enough=options.enough(), look=look
             )
-            interrupt = _Interrupt(drive)
+            interrupt = Interrupt(drive)
             try:
                 drive.run(slots.slots)
             finally:
@@ -273,7 +262,9 @@ def _drive(
             times = experiment.limits.block_attempts
             given_up = f"{block_id} was disturbed {times} times and given up; --resume tries it again"
             console.print(given_up, style="yellow", soft_wrap=True)
-        return "interrupted" if interrupt.hit else "paused" if drive.paused else "finished"
+        if interrupt.hit:
+            return "interrupted"
+        return "paused" if drive.paused else "blocks were given up" if drive.given_up else "finished"
     finally:
         slots.close()
 
@@ -313,6 +304,8 @@ def execute(
         show_summary(console, summary, str(store.folder / "report.html"))
     if how == "interrupted":
         return Ended(how, summary, EXIT_INTERRUPTED)
+    if how == "blocks were given up":
+        return Ended(how, summary, EXIT_TOO_MANY_FAILURES)
     failed, total = failed_share(store)
     if total and failed / total > planned.loaded.experiment.limits.failed_share:
         console.print(f"[red]{failed} of {total} trials failed: more than limits.failed_share allows[/red]")

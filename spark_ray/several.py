@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class Job:
     path: Path
     overrides: tuple[str, ...]
     folder: Path | None = None
+
+    def placed(self, base: Path, name: str) -> Path:
+        """Where its run is, or will be."""
+        return self.folder or base / name
 
 
 # ---- folders of runs --------------------------------------------------------------------------------------
@@ -108,11 +113,9 @@ def _plan(jobs: list[Job], base: Path, options: Options) -> list[Planned]:
     found, wrong = [], []
     for job in jobs:
         try:
-            planned = look(job.path, job.overrides, dataclasses.replace(options, out=base))
+            found.append(look(job.path, job.overrides, options, partial(job.placed, base)))
         except InputError as error:
             wrong.append(str(error))
-        else:
-            found.append(dataclasses.replace(planned, folder=job.folder or base / planned.name))
     if wrong:
         raise InputError("\n".join(wrong))
     named: dict[Path, Path] = {}

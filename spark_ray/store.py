@@ -129,6 +129,10 @@ class Store:
         (folder / MAKING).unlink()
         return store
 
+    def replan(self, plan: dict[str, Any]) -> None:
+        """What a run is asked for from now on: how many blocks, within which limits."""
+        write_durably(self.folder / PLAN, plan)
+
     @classmethod
     def _require_vacant(cls, folder: Path) -> None:
         if folder.exists() and any(folder.iterdir()) and not cls.was_torn(folder):

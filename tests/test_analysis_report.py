@@ -9,6 +9,7 @@ import pytest
 from test_analysis_frames import OTHERS_MIB, compose, record, two_gib_of_cache
 
 from analysis import attribution, noise, overview, report, statistics, verdict
+from spark_ray import power
 from spark_ray.units import GIB, MIB
 
 NAN_FREE = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
@@ -188,9 +189,7 @@ def test_equal_arms_are_called_equal_and_set_the_noise_floor(tmp_path):
     assert not any("A/A" in each for each in sentences(summary))
     (twin,) = summary["noise"]
     assert (twin["arm"], twin["blocks"], twin["floor"]) == ("empty-again", 6, summary["noise_floor"])
-    assert twin["detectable_contrast"] == pytest.approx(
-        (1.96 + 0.8416) * twin["sd_per_block"] / 6**0.5, rel=1e-3
-    )
+    assert twin["detectable_contrast"] == pytest.approx(power.detectable(twin["sd_per_block"], 6))
     assert "Noise floor: " in summary["verdict"]
     assert "with 80 % power" in summary["verdict"]
     assert summary["contrasts"][1]["equivalence"]["p"] < 0.05
@@ -309,6 +308,60 @@ def test_a_difference_below_the_noise_floor_is_not_above_the_noise():
         {},
     )
     assert "not above the noise" in verdict.sentence(found, 0.02)
+
+
+def compared(contrasts, delta, terms):
+    total = divided(terms) if terms else divided({})
+    return verdict.Comparison("b", "a", statistics.paired(contrasts), 1.0, 1e10, delta, None, None, None, total, len(contrasts), {})  # fmt: skip
+
+
+def test_shares_and_bytes_that_disagree_are_both_said():
+    """Most configurations lose a share, and the few large ones gain more bytes."""
+    text = verdict.sentence(compared([0.1] * 11 + [0.099] + [-0.02] * 4, 230.0 * MIB, {}))
+    assert "b has in the mean of shares less KV cache than a (7.0 %" in text
+    assert "230.00 MiB more in the mean of bytes" in text
+
+
+def test_what_was_not_read_is_the_cause_only_where_little_else_is():
+    three = [0.1, 0.11, 0.12]
+    some = verdict.sentence(compared(three, -1000.0 * MIB, {"rest": -400.0 * MIB, "kernel": -350.0 * MIB, "ballast": -250.0 * MIB}))  # fmt: skip
+    assert "The largest part, 400.00 MiB, is in no term that was read." in some
+    most = verdict.sentence(compared(three, -1000.0 * MIB, {"rest": -900.0 * MIB, "kernel": -100.0 * MIB}))
+    assert "No term that was read explains it." in most
+
+
+def test_the_floor_of_a_pilot_holds_for_every_sentence_and_equal_arms_are_marked(tmp_path):
+    arms = ("empty", "full", "empty-again")
+
+    def records(block, arm):
+        drift = 4 * MIB * ((block.index * 7 + len(arm)) % 5)
+        return [record(block, arm, cached=2 * GIB if arm == "full" else 700 * MIB, anon=450 * MIB + drift)]
+
+    planned = {"noise": {"pilot": "runs/pilot", "blocks": 8, "sd": 0.1, "floor": 0.2}}
+    summary, page = written(compose(tmp_path / "run", records, blocks=6, arms=arms, plan=planned))
+    quiet = "Two equal arms of the pilot differ by up to 20.0 %: this is not above the noise."
+    assert quiet in summary["verdict"]
+    assert page.count(quiet) >= 2  # the headline, and the list of arms
+    assert "It comes from page cache" not in page
+    assert "empty and empty-again are the same (A/A): what follows is noise." in page
+
+
+def test_a_disturbed_attempt_ran_again_only_if_it_did_and_a_third_arm_costs_the_pair_nothing(tmp_path):
+    def records(block, arm):
+        made = record(block, arm, cached=2 * GIB if arm == "full" else 700 * MIB)
+        if block.index == 3:
+            made["outcome"] = {"kind": "disturbed", "reason": "gate", "message": "not quiet"}
+            return [made] if arm == block.order[0] else []
+        if arm == "third" and block.index == 1:
+            made["outcome"] = {"kind": "engine_error", "reason": "died", "message": "died"}
+            made.pop("result", None)
+        return [made]
+
+    summary, _ = written(compose(tmp_path / "run", records, blocks=4, arms=("empty", "full", "third")))
+    said = " ".join(sentences(summary))
+    assert "in blocks that are open: resume runs them again" in said
+    assert "ran again as a whole" not in said
+    assert "missing from the contrast of their arm, and not at random" in said
 
 
 def test_the_command_line(tmp_path, capsys):

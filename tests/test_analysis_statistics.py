@@ -86,6 +86,11 @@ def test_order_trend_and_autocorrelation():
         2.0
     )
     assert statistics.order_effect([1.0, 2.0], [True, False]) is None
+    first = [True] * 4 + [False] * 4
+    whole = statistics.order_effect([0.0] * 4 + [0.002, 0.004, 0.002, 0.003], first)
+    assert whole.p < 0.02, "one group without spread: capacity comes in whole blocks"
+    assert statistics.order_effect([0.0] * 4 + [0.1] * 4, first).p == 0
+    assert statistics.order_effect([0.1] * 8, first) is None
     assert statistics.trend([1.0, 2.0, 3.0, 4.1], [0, 1, 2, 3]).size == pytest.approx(1.03)
     assert statistics.autocorrelation([1.0, 1.0, 5.0, 5.0, 1.0, 1.0]) == pytest.approx(0.25, abs=0.1)
     assert statistics.autocorrelation([1.0, 2.0]) is None

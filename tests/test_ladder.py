@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_analysis_frames import compose, record
 
-from analysis import frames, ladder, report
+from analysis import figures, frames, ladder, report, steps
 from spark_ray.units import MIB
 
 ARMS = ("native", "chroot", "cgroup", "limit", "docker")
@@ -142,3 +142,17 @@ def test_the_largest_term_of_a_step_is_named(tmp_path):
     (rung,) = summary["ladder"]["rungs"]
     assert rung["largest_term"]["term"] == "page cache: everything else"
     assert rung["largest_term"]["bytes"] == pytest.approx(-0.125 * 512 * MIB)
+
+
+def test_a_rung_without_any_complete_block_hides_no_other(tmp_path):
+    """The limit is too small for the engine in every block: its path has none, and the one beside it has all."""
+    block = {"native": 100 * MIB, "chroot": 90 * MIB, "cgroup": 90 * MIB, "limit": None, "docker": 60 * MIB}
+    found = ladder.climb(plan(), trials([block] * 3), ARMS)
+    levels = steps._levels(found)
+    assert levels == {"native": 0, "chroot": -10 << 20, "cgroup": -10 << 20, "docker": -40 << 20}
+    figure = steps.staircase(found, figures.Style(ARMS))
+    assert "limit" not in figure.figure.to_json()
+    paths = {tuple(path["arms"])[-1]: path for path in ladder.summary(found)["paths"]}
+    assert paths["limit"]["steps_bytes"] is None
+    assert paths["limit"]["sum_of_steps_bytes"] is None
+    assert sum(paths["docker"]["steps_bytes"]) == -40 << 20

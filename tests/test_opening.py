@@ -1,11 +1,16 @@
 """A run opened again: by a newer version, with its journal gone, with a block that was given up."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from helpers import experiment, experiment_data, run, run_without_report, write_yaml
 
-from spark_ray import __version__
+from spark_ray import __version__, running, several
+from spark_ray.cluster import one_local_node
+from spark_ray.errors import EXIT_TOO_MANY_FAILURES
+from spark_ray.preview import preview, probe
 from spark_ray.search import Search
 from spark_ray.store import Store
 from spark_ray.worker import protocol
@@ -86,3 +91,54 @@ def test_a_block_that_was_given_up_is_tried_again_on_resume(tmp_path):
     assert done.returncode == 0, done.stderr
     assert Store.read(folder).blocks() == [block], "the same block, by the same name"
     assert Store.read(folder).state(block).valid == 2
+
+
+@pytest.mark.process
+def test_what_a_run_is_asked_for_later_is_in_its_plan_for_whoever_continues_it(tmp_path):
+    path, folder = write_yaml(tmp_path, experiment_data(blocks=1)), tmp_path / "run"
+    assert run_without_report(path, "--out", folder).returncode == 0
+    more = ("--set", "search.blocks=3", "--set", "limits.trial_timeout=77s")
+    done = run_without_report(path, "--out", folder, "--resume", "--max-blocks", 1, *more)
+    assert done.returncode == 0, done.stderr
+    assert Store.read(folder).plan["experiment"]["limits"]["trial_timeout"] == "77s"
+    done = subprocess.run(
+        [sys.executable, "-m", "spark_ray", "resume", str(folder), "--local"],
+        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(Store.read(folder).blocks()) == 3
+    assert several.standing(Store.read(folder))["blocks"] == 3
+
+
+@pytest.mark.process
+def test_blocks_under_other_rights_would_be_of_another_treatment(tmp_path):
+    path, folder = write_yaml(tmp_path, experiment_data(blocks=2)), tmp_path / "run"
+    assert run_without_report(path, "--out", folder, "--max-blocks", 1).returncode == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    arm = plan["arms"][0]
+    edited(folder / "plan.json", executed_as=plan["executed_as"] | {arm: "native; files advised away"})
+    done = run(path, "--local", "--out", folder, "--resume")
+    assert done.returncode == 2
+    assert f"{arm}: native; files advised away; now " in done.stderr
+    assert "the rights that the run was begun with" in done.stderr
+
+
+def test_an_arm_that_the_host_offers_by_now_stays_out_of_a_run_that_was_begun_without_it():
+    made = experiment(blocks=1)
+    plan = preview(made, one_local_node(), probe(made))
+    assert len(plan.executed) == 2
+    limited = plan.limited_to(plan.executed[:1])
+    assert limited.executed == plan.executed[:1]
+    assert plan.limited_to(plan.executed) == plan
+
+
+def test_a_run_of_which_blocks_were_given_up_is_not_finished(tmp_path, monkeypatch, capsys):
+    def run_nothing(self, slots):  # noqa: ARG001
+        self.given_up.append("b0000")
+
+    monkeypatch.setattr(running.Drive, "run", run_nothing)
+    path = write_yaml(tmp_path, experiment_data(blocks=1))
+    options = running.Options(local=True, out=tmp_path / "run", report=False)
+    assert running.run(path, (), options) == EXIT_TOO_MANY_FAILURES
+    said = capsys.readouterr().out
+    assert "blocks were given up; everything measured is kept. Continue with:" in said

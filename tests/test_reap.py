@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import experiment_data, guests_of, wait_until, write_yaml
@@ -262,3 +263,14 @@ def test_a_probe_container_left_behind_goes_when_it_is_old(tmp_path, client, mon
     finally:
         image.remove_container(client, container)
         image.remove_image(client, made.reference)
+
+
+def test_without_a_run_the_files_of_dead_runs_below_here_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "runs" / "one", tmp_path / "runs" / "night" / "two"):
+        Store.create(folder, {}, {}).close()
+        fill = folder / "scratch" / "local-0" / "page-cache-fill-1"
+        fill.parent.mkdir(parents=True)
+        fill.write_bytes(b"x")
+    found = [one for one in reap.leftovers(None, None) if one.kind == "fill file"]
+    assert sorted(Path(one.name).parts[-4] for one in found) == ["one", "two"]
