@@ -199,6 +199,8 @@ class Attendance:
             outside["expected_root"] = evidence.root_identity(job.site.content.root)
         with contextlib.suppress(PermissionError):
             outside["root"] = evidence.root_identity(f"/proc/{pid}/root/")
+        if "container_id" in outside:  # a daemon may grant less than it was asked for, and only warn
+            outside |= _limit_of(pid)
         watch.outside = outside
         module = environments.module_of(job.environment)
         watch.contradictions += module.contradictions(job.environment, job.site, {}, outside)
@@ -221,3 +223,12 @@ class Attendance:
         )
         watch.samples |= {"peak": self._peaks.as_dict()}
         watch.guard = self._guard.end(self._sampler.gpu_rows if self._sampler else None)
+
+
+def _limit_of(pid: int) -> dict[str, int | None]:
+    """The memory limit of the group that a process is in, None without one; nothing where that cannot be read."""
+    seen = observe.cgroup(pid)
+    unlimited = seen.get("absent", {}).get("limit_bytes") == "unlimited"
+    if "seen_at" in seen or not ("limit_bytes" in seen or unlimited):
+        return {}
+    return {"group_limit_bytes": seen.get("limit_bytes")}

@@ -177,6 +177,14 @@ def _make_group(start: Start) -> Group | None:
         raise StartError(str(error)) from error
 
 
+def known_inside(first: int, told: int) -> int:
+    """The process of a container's tree that has this number there: what an entrypoint started beside it has another."""
+    for pid in descendants(first):
+        if _numbers(pid)[-1:] == [told]:
+            return pid
+    raise ProcessLookupError(told)
+
+
 def _numbers(pid: int) -> list[int]:
     """Process ids of one process, from our own pid namespace inwards; empty when it is gone."""
     with contextlib.suppress(OSError):
@@ -261,14 +269,15 @@ class ContainerGuest:
         with contextlib.suppress(OSError):
             self._socket.sendall(b"go\n")
 
-    def pid_of(self, told: int) -> int:  # noqa: ARG002  the worker only knows its number inside
+    def pid_of(self, told: int) -> int:
+        """The worker only knows its number inside."""
         try:
             first = int(self._api.inspect_container(self.container_id)["State"]["Pid"])
         except self._errors as error:
             raise EnvironmentLostError(_explain(error)) from error
         if first == 0:
             raise ProcessLookupError
-        return descendants(first)[-1]  # the supervisor's only child
+        return known_inside(first, told)
 
     def identity(self) -> dict[str, Any]:
         return {"container_id": self.container_id}
@@ -308,7 +317,7 @@ class ContainerGuest:
 
     def _remove(self) -> None:
         with contextlib.suppress(*self._errors):
-            self._api.remove_container(self.container_id, force=True)
+            self._api.remove_container(self.container_id, v=True, force=True)  # with what VOLUME made
 
 
 def _docker_errors() -> tuple[type[BaseException], ...]:

@@ -23,8 +23,7 @@ from typing import Any
 
 from .environment_spec import PodmanEnvironment
 from .environments import Problem, Start, podman
-from .guest import Ended, EnvironmentLostError, ProcessGuest, StartError
-from .worker.observe import descendants
+from .guest import Ended, EnvironmentLostError, ProcessGuest, StartError, known_inside
 
 INSTALL = "sudo apt-get install podman"
 LABEL_PURPOSE = "spark_ray.purpose"
@@ -109,8 +108,9 @@ class PodmanGuest:
         state: dict[str, Any] = json.loads(ask("inspect", "--format={{json .State}}", self.container_id))
         return state
 
-    def pid_of(self, told: int) -> int:  # noqa: ARG002  the worker only knows its number inside
-        return descendants(self._first)[-1]  # the supervisor's only child
+    def pid_of(self, told: int) -> int:
+        """The worker only knows its number inside."""
+        return known_inside(self._first, told)
 
     def identity(self) -> dict[str, Any]:
         return {"container_id": self.container_id}

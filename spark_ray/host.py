@@ -107,6 +107,32 @@ def wait_for_memory(wanted_bytes: int, longest_s: float, stopped: Callable[[], b
         time.sleep(0.05)
 
 
+class Level:
+    """The memory that a host had before the last attempt, within a tolerance, and is to have before the next.
+
+    An engine's may be late by minutes, and would be taken for a difference between arms if it came back between two of a block:
+    what is missing is waited for again. Only what stayed away that long once more came to stay, and disturbs once, not for ever.
+    """
+
+    def __init__(self, tolerance_bytes: int) -> None:
+        self.wanted_bytes = 0
+        self._tolerance_bytes = tolerance_bytes
+        self._found_bytes: int | None = None  # by the last wait, in vain
+
+    def wait(self, longest_s: float, stopped: Callable[[], bool]) -> Wait:
+        """As `wait_for_memory`; where nothing more came back since the last one was in vain, the level is the present one."""
+        wait = wait_for_memory(self.wanted_bytes, longest_s, stopped)
+        before, self._found_bytes = self._found_bytes, None if wait.reached else wait.found_bytes
+        if wait.reached or before is None or wait.found_bytes > before + self._tolerance_bytes:
+            return wait
+        self._found_bytes = None
+        return Wait(True, wait.waited_s, wait.found_bytes, wait.found_bytes)
+
+    def expect_this(self) -> None:
+        """An attempt begins at what there is now."""
+        self.wanted_bytes = releasable_bytes() - self._tolerance_bytes
+
+
 def parent_of(pid: int) -> int:
     """The parent of a process; ProcessLookupError when it has ended."""
     try:

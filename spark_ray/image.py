@@ -123,7 +123,7 @@ def no_such_program(refusal: str) -> bool:
 def remove_container(client: Any, container_id: str) -> None:
     """Remove a container, running or not. That it is gone already is success."""
     try:
-        client.api.remove_container(container_id, force=True)
+        client.api.remove_container(container_id, v=True, force=True)
     except NotFound:
         return
     except APIError as error:

@@ -38,7 +38,7 @@ from .guest_podman import PodmanGuest
 from .result import Asked
 from .store import RECORD, RECORD_VERSION, write_durably
 from .watchdog import Watchdog
-from .worker import protocol
+from .worker import evidence, protocol
 
 __all__ = ["Job", "Launcher"]
 
@@ -64,7 +64,7 @@ class Launcher:
         self._docker = docker_client
         self._gpus = nvml.Reader()
         self._watchdog = Watchdog()
-        self._wanted_bytes: int | None = None
+        self._level: host.Level | None = None
         self._vain_s = 0.0  # how long memory was waited for after the last attempt, in vain
         self.stop = threading.Event()
         self._tools = Tools(treater, self._gpus, self._watchdog, host.identity(), self.stop)
@@ -80,12 +80,14 @@ class Launcher:
         started, times = time.monotonic(), {"started_at": datetime.now(UTC).isoformat()}
         self._watchdog.start()
         kin = host.Kin(environments.RUN_VARIABLE, job.site.run_label)
-        ready, warming = self._wait(job, kin), None
+        level = self._level = self._level or host.Level(job.limits.memory_tolerance)
+        ready, warming = self._wait(job, kin, level), None
         if ready.why_not is None and self._needs_warming(job):
-            self._expect_this_level(job)
+            level.expect_this()
             warming = self._warm(job, kin)
-            ready = self._wait(job, kin)
-        self._expect_this_level(job)
+            ready = self._wait(job, kin, level)
+        if ready.wait.reached:
+            level.expect_this()
         watch, orchestrator = Watch(), {"before": footprint.read()}
         treated: dict[str, Any] = {}
         start = environments.module_of(job.environment).start(job.environment, job.site)
@@ -101,7 +103,7 @@ class Launcher:
         finally:
             self._treater.undo()
         watch.observations.append(look("after_exit", self._gpus))
-        back = self._wait_until_back(job)
+        back = self._wait_until_back(job, level)
         orchestrator["after"] = footprint.read()
         _clean(job, watch)
         asked = _asked(job, watch.observations[0])
@@ -164,10 +166,10 @@ class Launcher:
 
     # -- before and after it ------------------------------------------------------------------------------
 
-    def _wait(self, job: Job, kin: host.Kin) -> _Ready:
+    def _wait(self, job: Job, kin: host.Kin, level: host.Level) -> _Ready:
         """For memory, then for everything else. What was waited for in vain after the last attempt is not waited for twice."""
         patience_s = max(0.0, job.limits.memory_wait - self._vain_s)
-        wait = host.wait_for_memory(self._wanted_bytes or 0, patience_s, self.stop.is_set)
+        wait = level.wait(patience_s, self.stop.is_set)
         self._vain_s = 0.0
         if not wait.reached:
             unlooked = dict.fromkeys(gate.CONDITIONS, "not looked at: memory had not come back")
@@ -175,13 +177,9 @@ class Launcher:
         found = gate.wait(job.limits.gate, self._gpus, kin, self.stop.is_set)
         return _Ready(wait, found, gate.not_reached(found))
 
-    def _expect_this_level(self, job: Job) -> None:
-        """The level is the present one from here on: a program that came to stay disturbs once, not for ever."""
-        self._wanted_bytes = host.releasable_bytes() - job.limits.memory_tolerance
-
-    def _wait_until_back(self, job: Job) -> host.Wait:
+    def _wait_until_back(self, job: Job, level: host.Level) -> host.Wait:
         """How late memory comes back is a measurement of its own; the next attempt then finds it there."""
-        back = host.wait_for_memory(self._wanted_bytes or 0, job.limits.memory_wait, self.stop.is_set)
+        back = host.wait_for_memory(level.wanted_bytes, job.limits.memory_wait, self.stop.is_set)
         self._vain_s = 0.0 if back.reached else back.waited_s
         return back
 
@@ -240,9 +238,29 @@ def _write_request(job: Job, start: environments.Start) -> None:
     }
     (job.folder / environments.FRESH_HOME).mkdir()
     protocol.write_json(job.folder / "request.json", request)
-    protocol.write_json(job.folder / "command.json", dataclasses.asdict(start))
+    protocol.write_json(job.folder / "command.json", _without_secrets(dataclasses.asdict(start)))
     if start.enter is not None:
         protocol.write_json(job.folder / "enter.json", start.enter)
+
+
+_ENV = "--env="
+
+
+def _without_secrets(data: Any) -> Any:
+    """Nested data in which values of variables whose names speak of secrets are not written down, --env=NAME=VALUE among them."""
+    if isinstance(data, dict):
+        return {
+            name: evidence.NOT_RECORDED
+            if isinstance(value, str) and evidence.is_secret(name)
+            else _without_secrets(value)
+            for name, value in data.items()
+        }
+    if isinstance(data, list | tuple):
+        return [_without_secrets(each) for each in data]
+    if isinstance(data, str) and data.startswith(_ENV):
+        name, _, _ = data.removeprefix(_ENV).partition("=")
+        return f"{_ENV}{name}={evidence.NOT_RECORDED}" if evidence.is_secret(name) else data
+    return data
 
 
 def _clean(job: Job, watch: Watch) -> None:
@@ -286,9 +304,9 @@ def _record(
         "workload": job.workload,
         "environment": job.environment.model_dump(mode="json"),
         "treatment": job.treatment,
-        "content": dataclasses.asdict(job.site.content),
+        "content": _without_secrets(dataclasses.asdict(job.site.content)),
         "bundle_sha256": job.bundle_sha256,
-        "command": list(start.argv),
+        "command": _without_secrets(list(start.argv)),
         "result": result,
         "inside": inside,
         "host": seen,

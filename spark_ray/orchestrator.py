@@ -65,7 +65,7 @@ class ArmSlot:
         self._by = named(experiment, arms)
         here = [arm for arm in arms if self._by[arm] == "local"]
         self._local = SlotRunner(folder, experiment, here, self.name) if here else None
-        self._wanted_bytes = 0
+        self._level = host.Level(experiment.limits.memory_tolerance)
         self._through: RayDriver | None = None
         self._stopped = threading.Event()
 
@@ -77,12 +77,11 @@ class ArmSlot:
 
     def _run_through_ray(self, block: Block, arm: str, attempt: int) -> dict[str, str]:
         """A Ray started, used once and stopped; memory is waited for on both sides, as between any two attempts."""
-        wait = self._wait_for_memory()
-        # The level is the present one from here on: a program that came to stay disturbs once, not for ever.
-        self._wanted_bytes = host.releasable_bytes() - self._limits.memory_tolerance
+        wait = self._level.wait(self._limits.memory_wait, self._stopped.is_set)
         if not wait.reached:
             found = f"{wait.found_bytes} of {wait.wanted_bytes} bytes after {wait.waited_s:.0f} s"
             raise SlotLost(f"memory did not come back before Ray was started: {found}")
+        self._level.expect_this()
         words = [str(self._folder), block.block_id, arm, str(attempt)]
         self._through = RayDriver([sys.executable, "-m", __name__, *words])
         try:
@@ -92,10 +91,8 @@ class ArmSlot:
         finally:
             self._through.close()
             self._through = None
-            self._wait_for_memory()  # this attempt is over: the next one waits again, and says so
-
-    def _wait_for_memory(self) -> host.Wait:
-        return host.wait_for_memory(self._wanted_bytes, self._limits.memory_wait, self._stopped.is_set)
+            # this attempt is over: the next one waits again, and says so
+            host.wait_for_memory(self._level.wanted_bytes, self._limits.memory_wait, self._stopped.is_set)
 
     def stop(self) -> None:
         self._stopped.set()

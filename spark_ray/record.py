@@ -51,7 +51,8 @@ class Outside(Part):
     memory_group: str | None = Field(default=None, description="path of its memory cgroup")
     launcher_memory_group: str | None = Field(default=None, description="the same of the launcher")
     group_limit_bytes: Size | None = Field(
-        default=None, description="limit of its own memory cgroup, read back; null: none (isolated)"
+        default=None,
+        description="limit of its own memory cgroup, read back; null: none (isolated, docker, podman)",
     )
 
 

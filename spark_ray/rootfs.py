@@ -114,9 +114,28 @@ def load(path: Path) -> Rootfs:
     return rootfs if rootfs.path == path else Rootfs(**{**vars(rootfs), "path": path})  # the folder was moved
 
 
+_NO_INTERPRETER = tuple(map(Path, ("/run", "/var/lib", "/etc", "/dev", "/proc", "/sys", "/boot")))
+
+
+def _is_of_an_interpreter(mount: Mount) -> bool:
+    """Whether a build may have bound it: a folder, read-only, that neither holds nor is part of what is the system's own."""
+    source = Path(mount.source).resolve()
+    apart = not any(source.is_relative_to(each) or each.is_relative_to(source) for each in _NO_INTERPRETER)
+    return mount.read_only and source.is_dir() and apart
+
+
 def load_usable(path: Path) -> Rootfs:
-    """As `load`; a tree that an older program made, without a mount point that is needed now, is refused."""
+    """As `load`; a tree that an older program made, without a mount point that is needed now, is refused.
+
+    So is a description that binds what no interpreter is in: somebody else may have written it.
+    """
     rootfs = load(path)
+    strange = [mount.source for mount in rootfs.mounts if not _is_of_an_interpreter(mount)]
+    if strange:
+        raise InputError(
+            f"{sidecar(rootfs.path)} binds {', '.join(strange)}, which no build of a rootfs does",
+            mend="build or extract it again",
+        )
     lacking = [f"/{name}" for name in MOUNT_POINTS if not (rootfs.path / name).is_dir()]
     if lacking:
         raise InputError(

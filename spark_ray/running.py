@@ -124,6 +124,11 @@ def look(
 
 def look_at(loaded: config.LoadedExperiment, options: Options, folder: Path, cluster: Cluster) -> Planned:
     """What this host makes of an experiment; its margin is at least the noise floor of its pilot."""
+    if ":" in str(folder):
+        raise InputError(
+            f"{folder}: a colon ends a path in PYTHONPATH and in Docker's mounts",
+            mend="name another folder with --out",
+        )
     noise, pilot, begun = None, loaded.experiment.search.target.pilot, None
     if options.resume and (folder / PLAN).is_file():
         begun = Store.read(folder).plan

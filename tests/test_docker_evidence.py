@@ -30,6 +30,22 @@ def test_each_flag_shows_in_its_namespace(keys, seen, said):
     assert docker.contradictions(DockerEnvironment(kind="docker", **keys), None, {}, outside) == said
 
 
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ({}, []),  # could not be read
+        ({"group_limit_bytes": 1 << 30}, []),
+        ({"group_limit_bytes": None}, ["the limit of the memory cgroup is None, not 1073741824"]),
+        ({"group_limit_bytes": 1 << 31}, ["the limit of the memory cgroup is 2147483648, not 1073741824"]),
+    ],
+)
+def test_a_limit_that_the_daemon_did_not_set_is_found_out(limit, said):
+    outside = OUTSIDE | {"namespaces": OWN} | limit
+    limited = DockerEnvironment(kind="docker", memory=(1 << 30) + 5)  # the kernel counts pages
+    assert docker.contradictions(limited, None, {}, outside) == said
+    assert docker.contradictions(DockerEnvironment(kind="docker"), None, {}, outside) == []
+
+
 def test_a_group_must_name_it_and_its_root_is_not_the_hosts():
     outside = OUTSIDE | {"namespaces": OWN, "cgroup": ["5:memory:/user.slice"], "root": "8:1:2"}
     assert docker.contradictions(DockerEnvironment(kind="docker"), None, {}, outside) == [

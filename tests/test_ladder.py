@@ -144,7 +144,7 @@ def test_the_largest_term_of_a_step_is_named(tmp_path):
     assert rung["largest_term"]["bytes"] == pytest.approx(-0.125 * 512 * MIB)
 
 
-def test_a_rung_without_any_complete_block_hides_no_other(tmp_path):
+def test_a_rung_without_any_complete_block_hides_no_other():
     """The limit is too small for the engine in every block: its path has none, and the one beside it has all."""
     block = {"native": 100 * MIB, "chroot": 90 * MIB, "cgroup": 90 * MIB, "limit": None, "docker": 60 * MIB}
     found = ladder.climb(plan(), trials([block] * 3), ARMS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import QUIET, experiment, experiment_data, guests_of, wait_until
 
-from spark_ray import attend, guest, image
+from spark_ray import attend, guest, host, image, launch
 from spark_ray.errors import UnavailableError
 from spark_ray.execute import SlotRunner
 from spark_ray.experiment import Experiment
@@ -216,7 +216,8 @@ def test_a_native_label_on_a_chroot_is_found_out(bench, monkeypatch):
 
 def test_memory_that_does_not_come_back_is_not_measured_and_disturbs_once(bench):
     one = bench(limits={"memory_wait": "200ms"})
-    one.runner._launcher._wanted_bytes = 1 << 60
+    one.runner._launcher._level = level = host.Level(1 << 30)
+    level.wanted_bytes = 1 << 60
     record = one.run()
     assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("disturbed", "not_reached")
     assert record["result"] is None
@@ -488,3 +489,41 @@ def test_the_real_engine_out_of_memory_is_an_answer(tmp_path):
     one.close()
     assert (record["outcome"]["kind"], record["outcome"]["reason"]) == ("out_of_memory", "kernel_oom_kill")
     assert record["host"]["end"]["oom_killed"] is True
+
+
+def test_memory_that_is_late_is_waited_for_and_what_came_to_stay_disturbs_once(monkeypatch):
+    present = [100]
+    monkeypatch.setattr(host, "releasable_bytes", lambda: present[0])
+    level = host.Level(10)
+
+    def reached():
+        return level.wait(0.0, lambda: False).reached
+
+    assert reached()
+    level.expect_this()
+    present[0] = 40
+    assert not reached()
+    present[0] = 60  # it is coming back: nobody begins in between
+    assert not reached()
+    present[0] = 95
+    assert reached()
+    level.expect_this()
+    present[0] = 40
+    assert not reached()
+    assert reached(), "nothing came back while it was waited for as long again"
+    level.expect_this()
+    assert level.wanted_bytes == 30
+
+
+def test_secrets_of_an_image_are_in_no_record():
+    told = {
+        "variables": {"HF_TOKEN": "hidden", "PATH": "/bin"},
+        "argv": ["podman", "--env=NGC_API_KEY=hidden", "--env=HOME=/x", "--max_num_tokens=4096"],
+        "nested": [{"environment": {"PASSWORD": "hidden"}}],
+        "tokens_per_block": 32,
+    }
+    shown = launch._without_secrets(told)
+    assert "hidden" not in json.dumps(shown)
+    assert shown["variables"]["PATH"] == "/bin"
+    assert shown["argv"][2:] == told["argv"][2:]
+    assert shown["tokens_per_block"] == 32

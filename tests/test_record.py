@@ -10,7 +10,7 @@ from helpers import experiment_data
 from pydantic import BaseModel, ValidationError
 from test_launch import ENVIRONMENTS, Bench
 
-from spark_ray import guestfiles, receive
+from spark_ray import guestfiles, host, receive
 from spark_ray.experiment import Experiment
 from spark_ray.measurements import LAW, KvCache, Measurements, Sizing
 from spark_ray.outcome import Facts, derive
@@ -280,7 +280,8 @@ def test_real_records_are_as_described(tmp_path, environment):
 @pytest.mark.process
 def test_records_of_attempts_that_never_started_are_as_described(tmp_path):
     one = Bench(tmp_path / "run", Experiment.model_validate(experiment_data(limits={"memory_wait": "100ms"})))
-    one.runner._launcher._wanted_bytes = 1 << 60
+    one.runner._launcher._level = level = host.Level(1 << 30)
+    level.wanted_bytes = 1 << 60
     record = one.run()
     one.close()
     Record.model_validate(record)

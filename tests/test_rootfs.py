@@ -410,3 +410,20 @@ def test_native_names_what_it_runs_on_as_the_tree_made_from_it_does(host):
         for spec in (NativeEnvironment(kind="native"), ChrootEnvironment(kind="chroot"))
     )
     assert native.bound_sha256 == chroot.bound_sha256 == bound_sha256(host.mounts)
+
+
+@pytest.mark.parametrize(
+    ("source", "read_only"),
+    [("/var/run/docker.sock", True), ("/run", True), ("/", True), ("/etc", True), ("HERE", False)],
+)
+def test_a_description_that_binds_more_than_an_interpreter_is_refused(tmp_path, source, read_only):
+    tree = tmp_path / "tree"
+    for name in rootfs.MOUNT_POINTS:
+        (tree / name).mkdir(parents=True)
+    here = str(tmp_path)
+    bound = Mount(here if source == "HERE" else source, "/x", read_only)
+    rootfs.save(Rootfs(tree, "00", (bound,), "/bin/python", {}, (), "host"))
+    with pytest.raises(InputError, match="which no build of a rootfs does"):
+        rootfs.load_usable(tree)
+    rootfs.save(Rootfs(tree, "00", (Mount(here, here),), "/bin/python", {}, (), "host"))
+    assert rootfs.load_usable(tree).mounts == (Mount(here, here),)

@@ -363,3 +363,10 @@ def test_the_log_leads_to_the_cause(tmp_path):
         assert re.search(line, done.stderr), line
         assert re.search(line, log), line
     assert "a/1 worker.log" not in log, "an arm that answered needs no more words"
+
+
+def test_a_folder_with_a_colon_is_refused_before_anything_happens(tmp_path):
+    done = run(write_yaml(tmp_path, experiment_data(blocks=1)), "--local", "--out", tmp_path / "at 12:30")
+    assert done.returncode == 2
+    assert "a colon ends a path in PYTHONPATH" in done.stderr
+    assert not (tmp_path / "at 12:30").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,8 +102,8 @@ def start(spec: DockerEnvironment, site: Site) -> Start:
     )
 
 
-def of_container(outside: dict[str, Any], of_host: Mapping[str, bool]) -> list[str]:
-    """A group names the container, its root is not the host's, and each namespace is the host's or its own as `of_host` says."""
+def of_container(outside: dict[str, Any], of_host: Mapping[str, bool], memory_bytes: int | None) -> list[str]:
+    """A group names the container and has its limit, its root is not the host's, and each namespace is the host's or its own as `of_host` says."""
     host, found = outside["host"], []
     container_id = outside["container_id"]
     if not any(container_id in line for line in outside["cgroup"]):
@@ -113,6 +114,11 @@ def of_container(outside: dict[str, Any], of_host: Mapping[str, bool]) -> list[s
             found.append(f"the {kind} namespace is {'the host' if is_hosts else 'not the host'}'s own")
     if outside.get("root") == host["root"]:
         found.append("root is the host's own")
+    if memory_bytes is not None and "group_limit_bytes" in outside:
+        page = os.sysconf("SC_PAGE_SIZE")
+        wanted, limit = memory_bytes // page * page, outside["group_limit_bytes"]  # the kernel counts pages
+        if limit != wanted:
+            found.append(f"the limit of the memory cgroup is {limit}, not {wanted}")
     return found
 
 
@@ -123,4 +129,4 @@ def contradictions(
     outside: dict[str, Any],
 ) -> list[str]:
     shared = {"ipc": spec.ipc == "host", "net": spec.network == "host", "pid": spec.pid == "host"}
-    return of_container(outside, {"mnt": False, **shared})
+    return of_container(outside, {"mnt": False, **shared}, spec.memory)

@@ -99,4 +99,4 @@ def contradictions(
     outside: dict[str, Any],
 ) -> list[str]:
     shared = {"ipc": spec.ipc == "host", "net": spec.network == "host"}
-    return of_container(outside, {"mnt": False, "pid": False, **shared})
+    return of_container(outside, {"mnt": False, "pid": False, **shared}, spec.memory)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+NOT_RECORDED = "(not recorded)"
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "APIKEY", "API_KEY")
 _BY_CHANCE = re.compile(r"[0-9a-f]{12}")  # a container's or namespace's number in a mount point
 _PATH_OPTIONS = ("lowerdir", "upperdir", "workdir", "datadir")  # an overlay's folders, new ones each time
@@ -83,10 +84,12 @@ def mounts() -> list[dict[str, str]]:
 
 def environment_variables() -> dict[str, str]:
     """The environment after any entrypoint; values whose names speak of secrets are not written down."""
-    return {
-        name: "(not recorded)" if any(word in name.upper() for word in _SECRET_WORDS) else value
-        for name, value in sorted(os.environ.items())
-    }
+    return {name: NOT_RECORDED if is_secret(name) else value for name, value in sorted(os.environ.items())}
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name speaks of a secret."""
+    return any(word in name.upper() for word in _SECRET_WORDS)
 
 
 def docker_sockets() -> list[str]:
