@@ -61,6 +61,11 @@ class Guest(Protocol):
     def end(self) -> Ended: ...
 
 
+def _has_room(stream: Any) -> bool:
+    """Whether an answer can be written without waiting: who floods us and reads none must not hold the host."""
+    return bool(select.select([], [stream], [], 0)[1])
+
+
 def _signal_to_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
@@ -92,7 +97,8 @@ class ProcessGuest:
     def answer(self) -> None:
         assert self._process.stdin is not None  # noqa: S101
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(b"go\n")
+            if _has_room(self._process.stdin):
+                self._process.stdin.write(b"go\n")
 
     def pid_of(self, told: int) -> int:
         """The worker only knows its number inside its own pid namespace, where it has one.
@@ -267,7 +273,8 @@ class ContainerGuest:
 
     def answer(self) -> None:
         with contextlib.suppress(OSError):
-            self._socket.sendall(b"go\n")
+            if _has_room(self._socket):
+                self._socket.sendall(b"go\n")
 
     def pid_of(self, told: int) -> int:
         """The worker only knows its number inside."""

@@ -41,7 +41,7 @@ def test_each_flag_shows_in_its_namespace(keys, seen, said):
 )
 def test_a_limit_that_the_daemon_did_not_set_is_found_out(limit, said):
     outside = OUTSIDE | {"namespaces": OWN} | limit
-    limited = DockerEnvironment(kind="docker", memory=(1 << 30) + 5)  # the kernel counts pages
+    limited = DockerEnvironment(kind="docker", memory="1GiB")
     assert docker.contradictions(limited, None, {}, outside) == said
     assert docker.contradictions(DockerEnvironment(kind="docker"), None, {}, outside) == []
 

@@ -424,6 +424,17 @@ def test_the_capability_that_is_missing_is_named(way, reason, bounds, words):
 # ---- the guest --------------------------------------------------------------------------------------------------
 
 
+def test_a_guest_that_reads_no_answer_does_not_hold_the_host(tmp_path):
+    start = environments.Start((sys.executable, "-c", "import time; time.sleep(60)"), {}, "", None)
+    one = guest.ProcessGuest(start, tmp_path / "log")
+    try:
+        for _ in range(40_000):  # 120 kB: more than a pipe holds
+            one.answer()
+    finally:
+        one.kill()
+        one.end()
+
+
 def test_only_its_own_processes_are_asked_for_the_number_inside(tmp_path):
     start = environments.Start((sys.executable, "-c", "input()"), {}, "", None)
     one = guest.ProcessGuest(start, tmp_path / "log")
