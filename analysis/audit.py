@@ -76,6 +76,10 @@ def _completeness(seen: Evidence) -> Iterator[Finding]:
         yield Finding(
             "doubt", f"{len(both)} blocks are few: the interval rests on the t distribution being right."
         )
+    places = len(both[["max_batch_size", "max_num_tokens", "memory_fraction", "knobs"]].drop_duplicates())
+    if 1 < places < len(both) and at(seen.plan, "experiment", "search", "sampler") != "map":
+        text_ = f"{len(both)} blocks repeat {places} configurations: the interval is of these alone, over others it would be wider."
+        yield Finding("doubt", text_)
     left_out = at(seen.plan, "left_out")
     for arm, why in left_out.items() if isinstance(left_out, Mapping) else ():
         severity: Severity = "grave" if arm in {seen.baseline, seen.against} else "note"

@@ -143,6 +143,11 @@ def look_at(loaded: config.LoadedExperiment, options: Options, folder: Path, clu
 
 
 def check_address(options: Options) -> None:
+    if options.cluster and not options.address:
+        raise InputError(
+            f"--cluster {options.cluster} says which machines there are, and nobody says where their Ray is",
+            mend="add --address auto on the head node, or leave --cluster out",
+        )
     if options.address:
         from .actors import check_address
 

@@ -253,6 +253,10 @@ def test_the_cluster_file_plans_its_slots(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "slots" in done.stdout
     assert "head, worker-1" in done.stdout
+    done = run(path, "--cluster", ROOT / "cluster.yaml", "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "add --address auto" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.process
