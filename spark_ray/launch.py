@@ -81,13 +81,7 @@ class Launcher:
         self._watchdog.start()
         kin = host.Kin(environments.RUN_VARIABLE, job.site.run_label)
         level = self._level = self._level or host.Level(job.limits.memory_tolerance)
-        ready, warming = self._wait(job, kin, level), None
-        if ready.why_not is None and self._needs_warming(job):
-            level.expect_this()
-            warming = self._warm(job, kin)
-            ready = self._wait(job, kin, level)
-        if ready.wait.reached:
-            level.expect_this()
+        ready, warming = self._make_ready(job, kin, level)
         watch, orchestrator = Watch(), {"before": footprint.read()}
         treated: dict[str, Any] = {}
         start = environments.module_of(job.environment).start(job.environment, job.site)
@@ -165,6 +159,17 @@ class Launcher:
         return ProcessGuest(start, log)
 
     # -- before and after it ------------------------------------------------------------------------------
+
+    def _make_ready(self, job: Job, kin: host.Kin, level: host.Level) -> tuple[_Ready, dict[str, Any] | None]:
+        """Wait for the host, with an execution to warm up in between where one is needed; what came of that."""
+        ready, warming = self._wait(job, kin, level), None
+        if ready.why_not is None and self._needs_warming(job):
+            level.expect_this()
+            warming = self._warm(job, kin)
+            ready = self._wait(job, kin, level)
+        if ready.wait.reached:
+            level.expect_this()
+        return ready, warming
 
     def _wait(self, job: Job, kin: host.Kin, level: host.Level) -> _Ready:
         """For memory, then for everything else. What was waited for in vain after the last attempt is not waited for twice."""
