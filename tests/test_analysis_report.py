@@ -177,14 +177,17 @@ def test_a_fake_engine_is_said_first_and_loud(tmp_path):
     assert 'class="verdict alarm"' in page
 
 
+WITH_A_TWIN = ("empty", "full", "empty-again")
+
+
+def restless(block, arm):
+    """Records of a host whose other programs move some memory."""
+    drift = 4 * MIB * ((block.index * 7 + len(arm)) % 5)
+    return [record(block, arm, cached=2 * GIB if arm == "full" else 700 * MIB, anon=450 * MIB + drift)]
+
+
 def test_equal_arms_are_called_equal_and_set_the_noise_floor(tmp_path):
-    arms = ("empty", "full", "empty-again")
-
-    def records(block, arm):
-        drift = 4 * MIB * ((block.index * 7 + len(arm)) % 5)
-        return [record(block, arm, cached=2 * GIB if arm == "full" else 700 * MIB, anon=450 * MIB + drift)]
-
-    summary, _ = written(compose(tmp_path / "run", records, blocks=6, arms=arms))
+    summary, _ = written(compose(tmp_path / "run", restless, blocks=6, arms=WITH_A_TWIN))
     assert 0 < summary["noise_floor"] < 0.01
     assert not any("A/A" in each for each in sentences(summary))
     (twin,) = summary["noise"]
@@ -331,14 +334,8 @@ def test_what_was_not_read_is_the_cause_only_where_little_else_is():
 
 
 def test_the_floor_of_a_pilot_holds_for_every_sentence_and_equal_arms_are_marked(tmp_path):
-    arms = ("empty", "full", "empty-again")
-
-    def records(block, arm):
-        drift = 4 * MIB * ((block.index * 7 + len(arm)) % 5)
-        return [record(block, arm, cached=2 * GIB if arm == "full" else 700 * MIB, anon=450 * MIB + drift)]
-
     planned = {"noise": {"pilot": "runs/pilot", "blocks": 8, "sd": 0.1, "floor": 0.2}}
-    summary, page = written(compose(tmp_path / "run", records, blocks=6, arms=arms, plan=planned))
+    summary, page = written(compose(tmp_path / "run", restless, blocks=6, arms=WITH_A_TWIN, plan=planned))
     quiet = "Two equal arms of the pilot differ by up to 20.0 %: this is not above the noise."
     assert quiet in summary["verdict"]
     assert page.count(quiet) >= 2  # the headline, and the list of arms

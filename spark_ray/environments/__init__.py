@@ -7,6 +7,7 @@ Every environment module answers three questions, each by a pure function:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,13 @@ def module_of(spec: EnvironmentSpec) -> Any:
             return docker
         case PodmanEnvironment():
             return podman
+
+
+def limit_contradictions(memory_bytes: int | None, limit_bytes: int | None) -> list[str]:
+    """The limit that was asked for against the one of the group, read back; None for none."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    wanted = None if memory_bytes is None else memory_bytes // page * page  # the kernel counts pages
+    return [] if limit_bytes == wanted else [f"the limit of the memory cgroup is {limit_bytes}, not {wanted}"]
 
 
 def common_contradictions(

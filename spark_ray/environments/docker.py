@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from . import (
     Problem,
     Site,
     Start,
+    limit_contradictions,
     worker_argv,
     worker_variables,
 )
@@ -115,10 +115,7 @@ def of_container(outside: dict[str, Any], of_host: Mapping[str, bool], memory_by
     if outside.get("root") == host["root"]:
         found.append("root is the host's own")
     if memory_bytes is not None and "group_limit_bytes" in outside:
-        page = os.sysconf("SC_PAGE_SIZE")
-        wanted, limit = memory_bytes // page * page, outside["group_limit_bytes"]  # the kernel counts pages
-        if limit != wanted:
-            found.append(f"the limit of the memory cgroup is {limit}, not {wanted}")
+        found += limit_contradictions(memory_bytes, outside["group_limit_bytes"])
     return found
 
 

@@ -5,7 +5,6 @@ The mount namespace is always its own. A chroot is this with no switch at all.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from .. import driver, group, rootact
@@ -20,6 +19,7 @@ from . import (
     Problem,
     Site,
     Start,
+    limit_contradictions,
     native,
     worker_argv,
     worker_variables,
@@ -158,7 +158,4 @@ def _of_group(spec: IsolatedEnvironment, site: Site, outside: dict[str, Any]) ->
     name = group.name_of(site.run_label, site.label)
     if seen is None or not seen.endswith(f"/{name}"):
         return [f"the memory cgroup is {seen}, not {name}"]
-    page = os.sysconf("SC_PAGE_SIZE")
-    wanted = None if spec.memory is None else spec.memory // page * page  # the kernel counts pages
-    limit = outside.get("group_limit_bytes")
-    return [] if limit == wanted else [f"the limit of the memory cgroup is {limit}, not {wanted}"]
+    return limit_contradictions(spec.memory, outside.get("group_limit_bytes"))

@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 BETTER_PART = 0.6
-"""Three of ten blocks were met by a burst in one seed of twenty-four, where one of ten is."""
+"""Where bursts meet one block of ten, one search in fourteen meets three or more among its first ten."""
 SPARE = 4
 """Values beyond the coefficients, below which nothing can be told."""
 MOST_SUBSETS = 400
