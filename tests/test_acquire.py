@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_surrogate import CUBE, SPACE, fit, no_law
+from test_surrogate import CUBE, ELSEWHERE, SPACE, fit, memfree, no_law
 
 from spark_ray.search import acquire
 from spark_ray.search.target import Target
@@ -87,3 +87,15 @@ def test_the_model_looks_where_the_contrast_meets_the_margin():
     gains = acquire.gain(surrogate, target, candidates, CUBE.filling(512, 0))
     best = np.argsort(gains)[-16:]
     assert target.misclassified(said)[best].mean() > target.misclassified(said).mean()
+
+
+def test_beyond_both_caps_a_block_tells_nothing_and_is_not_asked():
+    surrogate = fit(blocks=16, cap_gib=20.0)
+    free = memfree(ELSEWHERE)
+    worth = acquire.gain(surrogate, Target(), ELSEWHERE, CUBE.filling(256, 0))
+    assert worth[(free > 26).all(axis=1)].max() < 0.05 * worth.max()
+    latent = surrogate.latent(ELSEWHERE)
+    below = surrogate.below_cap(ELSEWHERE, latent)
+    assert below[free.T < 17].min() > 0.9
+    assert below[free.T > 24].max() < 0.1
+    assert (fit(blocks=16).below_cap(ELSEWHERE, latent) == 1).all()

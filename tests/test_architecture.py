@@ -24,7 +24,7 @@ HOMES = {
     "pandas": {"analysis"},
     "plotly": {"analysis"},
     "scipy": {"analysis", "spark_ray/search", "spark_ray/power.py"},
-    "sklearn": {"spark_ray/search/process.py"},
+    "sklearn": {"spark_ray/search/kernel.py"},
     "torch": {"spark_ray/worker"},
     "transformers": {"spark_ray/worker"},
     "docker": {"spark_ray/image.py", "spark_ray/guest.py"},

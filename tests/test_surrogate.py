@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_ray.search import acquire, law
+from spark_ray.search.blocks import Data
 from spark_ray.search.cube import Axis, Cube
-from spark_ray.search.mixture import Mixture
-from spark_ray.search.pair import DOUBTED
-from spark_ray.search.process import Hyperparameters, Inputs, Prior, Process, _Regressor
+from spark_ray.search.kernel import Regressor
+from spark_ray.search.mixture import Mixture, Moments
+from spark_ray.search.pair import DOUBTED, EVEN, OTHER_KNEE, OTHERWISE, _Fit
+from spark_ray.search.process import Hyperparameters, Inputs, Prior, Process
+from spark_ray.search.scale import Scale
 from spark_ray.search.surrogate import Observation, Surrogate, TooFewBlocks
 from spark_ray.search.target import Target
 from spark_ray.search_spec import Space
@@ -260,7 +263,7 @@ def test_the_likelihood_that_is_worked_out_at_once_is_scikit_learns(gaussian):
     inputs = Inputs(random.random((15, 2)), np.ones((15, 1)), random.random((15, 3)))
     kernel, spread = Prior(doubtful=0.3, residual=0.5, noise=0.3, gaussian=gaussian).kernel(inputs)
     rows = inputs.matrix(random.uniform(1, 3, 15), np.arange(15.0))
-    regressor = _Regressor(kernel, spread=spread).fit(rows, random.standard_normal(15))
+    regressor = Regressor(kernel, spread=spread).fit(rows, random.standard_normal(15))
     theta = kernel.theta + 0.3 * random.standard_normal(kernel.n_dims)
     found, gradient = regressor.log_marginal_likelihood(theta, eval_gradient=True)
     assert found == pytest.approx(regressor.log_marginal_likelihood(theta))
@@ -283,6 +286,44 @@ def test_where_processes_disagree_a_mixture_knows_less_and_learns_more():
     (first, own), (second, other) = (each.predict(places) for each in alone)
     np.testing.assert_allclose(mean, (first + second) / 2)
     np.testing.assert_allclose(variance, (own + other) / 2 + (first - second) ** 2 / 4)
+
+
+# ---- simple laws among which the blocks choose ------------------------------------------------------------------
+
+
+def weight(mixture, prior):
+    """Of the processes in a mixture that are sure of the same columns as a prior."""
+    process = mixture.processes[0]
+    wanted = prior.kernel(process.inputs)[0].certain
+    pairs = zip(mixture.weights, mixture.processes, strict=True)
+    return sum(own for own, each in pairs if each.hyper.kernel.certain == wanted)
+
+
+@pytest.mark.parametrize("place", range(len(law.OTHER_KNEES)))
+def test_which_knee_an_engine_has_is_learned(place):
+    def machine(raw):
+        graphs = np.minimum(raw[:, 0], law.OTHER_KNEES[place]) / law.OTHER_KNEES[place]
+        peak = 70 + 12 * raw[:, 1] / 32768 + 6 * graphs
+        free = 119.7 - peak
+        return raw[:, 2:] * np.stack([free, free - more_gib(raw)], axis=1)
+
+    surrogate = fit(machine, 32)
+    assert weight(surrogate.pair.common, OTHER_KNEE[place]) > 0.9
+    assert np.median(errors(surrogate, machine)[0]) < 0.004
+
+
+def test_arms_that_differ_by_as_much_everywhere_are_found_so_and_known_better():
+    def even(raw):
+        a = raw[:, 2] * (119.7 - peak_gib(raw))
+        return np.stack([a, a - raw[:, 2] * 1.5], axis=1)
+
+    found, steep = ([fit(machine, 40, seed=seed) for seed in range(5)] for machine in (even, memfree))
+    assert np.mean([weight(each.pair.difference, EVEN) for each in found]) > 0.3
+    assert all(weight(each.pair.difference, EVEN) == 0 for each in steep)
+    of_even, of_steep = (
+        [np.median(each.predict(ELSEWHERE).contrast_sd) for each in several] for several in (found, steep)
+    )
+    assert np.median(of_even) < 0.9 * np.median(of_steep)
 
 
 # ---- what is not a plain number -----------------------------------------------------------------------------------
@@ -337,6 +378,26 @@ def test_a_cap_says_at_least_and_bounds_what_is_predicted():
     assert (said.kv_a_mean[capped] > 25.5 * GIB).all()
     error = np.abs(said.contrast_mean - (1 - np.minimum(true[:, 1], 26) / np.minimum(true[:, 0], 26)))
     assert np.median(error) < 0.01
+
+
+def test_who_foresees_caps_and_failures_is_believed_more():
+    """They are no numbers that blocks could predict from each other, and yet tell laws apart."""
+    data = Data(
+        CUBE.filling(4, 3),
+        GIB * np.array([[30, 28], [26, 25], [20, np.nan], [22, 21.0]]),
+        np.eye(4, 2, dtype=bool),
+    )
+    fitted = _Fit(Scale(CUBE, None), data)
+
+    def chance(*of_baseline):
+        common = Moments(np.log(GIB * np.array(of_baseline)), np.full(4, 1e-4), 1e-4)
+        return np.exp(fitted.log_chance_of_no_number(common, Moments(np.zeros(4), np.full(4, 1e-4), 1e-4)))
+
+    assert chance(40, 40, 15, 22) == pytest.approx(1, abs=1e-3)
+    for off in ((20, 40, 15, 22), (40, 20, 15, 22), (40, 40, 30, 22)):
+        assert chance(*off) == pytest.approx(OTHERWISE, rel=1e-3)
+    assert chance(20, 20, 30, 22) == pytest.approx(OTHERWISE**3, rel=1e-3)
+    assert chance(40, 40, 15, 99) == chance(40, 40, 15, 22)
 
 
 def test_without_blocks_of_both_arms_there_is_nothing_to_compare():

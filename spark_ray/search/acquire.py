@@ -258,7 +258,7 @@ class _Reduction:
 
 @dataclass(frozen=True)
 class _Reductions:
-    """Of what is computed from common and difference; a block tells of each as far as the arms work there."""
+    """Of what is computed from common and difference; a block tells of each as far as the arms work there, below their caps."""
 
     model: Surrogate
     places: Floats
@@ -279,8 +279,9 @@ class _Reductions:
         said = model.predict(candidates, latent)
         means, sds = model.moments(candidates, latent, noise=True)
         hope = _hope(model, 0, candidates), _hope(model, 1, candidates)
-        either = np.maximum(said.feasible_a * hope[0], said.feasible_b * hope[1])
-        works = either, said.feasible_both * np.minimum(*hope)
+        uncapped = model.below_cap(candidates, latent)
+        either = np.maximum(said.feasible_a * hope[0] * uncapped[0], said.feasible_b * hope[1] * uncapped[1])
+        works = either, said.feasible_both * np.minimum(*hope) * uncapped.prod(axis=0)
         return cls(model, places, common, difference, works, hope, ((means[0], sds[0]), (means[1], sds[1])))
 
     @cached_property

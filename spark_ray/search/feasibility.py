@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 
-from .cube import Floats
+from .kernel import JITTER, Floats, MapKernel
 from .mixture import Moments, one_sided
-from .process import JITTER, Hyperparameters, Inputs, MapKernel, Process
+from .process import Hyperparameters, Inputs, Process
 
 Mask = NDArray[np.bool_]
 Bends = tuple[tuple[float, Hyperparameters], ...]

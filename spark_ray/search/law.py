@@ -25,6 +25,8 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 KNEE = 128
 """The largest batch with a graph of its own, where nothing else is known: a common default of engines."""
 OTHER_KNEES = (32, 64, 256)
+KNEE_COLUMN = 2
+"""Of the capacity's terms. The other knees are the first of the doubtful ones."""
 USUAL_BATCH, USUAL_TOKENS = 16, 2896
 """The interaction is counted in doublings from here, the middle of what is usually searched."""
 

@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 from scipy.special import log_ndtr
 
-from .process import Floats, Inputs, Process, Said
+from .kernel import Floats
+from .process import Inputs, Process, Said
 
 UNKNOWN = 1e40
 """A variance beyond all others, in any unit."""

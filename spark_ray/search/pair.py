@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.special import ndtr
 
+from . import law
+from .blocks import Data, Known, Mask, of_arms
 from .cube import Floats
 from .mixture import UNKNOWN, Mixture, Moments, one_sided
 from .process import Hyperparameters, Prior, Process
 from .robust import outlying
 from .scale import Scale
-
-Mask = NDArray[np.bool_]
 
 SMOOTH = (
     Prior(doubtful=0.1, residual=0.05, noise=0.1, drift=0.1),
@@ -47,9 +47,17 @@ PLAIN = (Prior(doubtful=0.5, residual=1.0, noise=0.1), Prior(doubtful=0.5, resid
 PLAIN_ROUGH = tuple(replace(prior, length=0.2) for prior in PLAIN)
 STEP_LENGTH = 0.08
 """On a line there are soon enough blocks to see a step."""
+OTHER_KNEE = tuple(
+    replace(STRICT[0], doubted=(law.KNEE_COLUMN,), trusted=(place,)) for place in range(len(law.OTHER_KNEES))
+)
+"""As strict, with another knee than the usual one."""
+EVEN = replace(STRICT[1], doubted=(1, 2))
+"""As strict: arms differ by as much memory everywhere, as they do by what one of them holds already."""
 STRICT_FAVOUR = 3.0
+SIMPLE_FAVOUR = 2.0
 SMOOTH_FAVOUR = 2.0
-"""Natural logs of the odds for hardly any residual, and for a smooth one, against a rough one, before the first block."""
+"""Natural logs of the odds for hardly any residual, for each variant of that, and for a smooth one, against a rough one, before
+the first block."""
 PASSES = 3
 NEGLIGIBLE = 0.05
 """The weight below which a process is left out of a mixture."""
@@ -68,57 +76,10 @@ SUSPECTED = 1e3
 OUTLYING = 3.0
 """Robust standard deviations from what the others predict, beyond which a block counts less."""
 MOST_NOISE = 1e6
+OTHERWISE = 0.02
+"""The chance that an arm fails, or seems to be capped, whatever memory is predicted."""
 CLIFF = -3.0
 """Standard deviations beyond which a failure contradicts the predicted capacity: it has another cause."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Blocks as arrays; the columns of two are the baseline and the other arm."""
-
-    raw: Floats
-    kv_bytes: Floats  # NaN: no capacity
-    capped: NDArray[np.bool_]
-    one_level: bool = True  # both arms need the same least capacity
-
-    @property
-    def failed(self) -> Mask:
-        return np.isnan(self.kv_bytes)
-
-    @property
-    def measured(self) -> Mask:
-        return ~self.failed & ~self.capped
-
-    @property
-    def floor_bytes(self) -> Floats:
-        """The least capacity with which each arm ever worked, or either; infinite if none did."""
-        least = np.where(self.failed, np.inf, self.kv_bytes).min(axis=0, initial=np.inf)
-        return np.full(2, least.min()) if self.one_level else np.asarray(least)
-
-
-# ---- what is known of both arms of each block -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Known:
-    """z of both arms as normal: variance 0 where measured, UNKNOWN where nothing is known."""
-
-    mean: Floats
-    variance: Floats
-
-    def difference(self) -> tuple[Floats, Floats]:
-        return self.mean[:, 0] - self.mean[:, 1], self.variance.sum(axis=1)
-
-    def common(self, difference: Moments) -> tuple[Floats, Floats]:
-        """An arm that is not measured is known better through the other, if that one is."""
-        mean, variance = self.mean.copy(), self.variance.copy()
-        for arm, sign in ((0, 1.0), (1, -1.0)):
-            through = (self.variance[:, arm] > 0) & (self.variance[:, 1 - arm] == 0)
-            share = self.variance[:, arm] / (self.variance[:, arm] + difference.function)
-            told = share * (self.mean[:, 1 - arm] + sign * difference.mean) + (1 - share) * self.mean[:, arm]
-            mean[:, arm] = np.where(through, told, mean[:, arm])
-            variance[:, arm] = np.where(through, share * difference.function, variance[:, arm])
-        return mean.mean(axis=1), variance.sum(axis=1) / 4
 
 
 def log_evidence(process: Process | Mixture, complete: Mask) -> float:
@@ -230,7 +191,7 @@ class _Fit:
             data.capped, z, scale.of_bytes(np.broadcast_to(data.floor_bytes, z.shape), data.raw)
         )
         self.complete: Mask = np.asarray(data.measured.all(axis=1))
-        self.known = _Known(np.where(data.measured, z, 0.0), np.where(data.measured, 0.0, UNKNOWN))
+        self.known = Known(np.where(data.measured, z, 0.0), np.where(data.measured, 0.0, UNKNOWN))
         start = np.where(self.complete[:, None], z, 0.0)[self.complete]
         self.suspecting = suspecting
         self.suspected = self._suspects() if suspecting else np.zeros(len(z), dtype=bool)
@@ -254,7 +215,9 @@ class _Fit:
         """With what speaks for a law, and against each outlier, before the first block."""
         outliers = int((self.doubt[self.complete] > DOUBTED).sum())
         by_law = LAW_FAVOUR * (self.scale.family is not None)
-        return self.pair().evidence(self.data) + by_law - OUTLIER_ODDS * outliers
+        assert self.processes  # noqa: S101
+        one_sided = self.log_chance_of_no_number(*map(Moments.of, self.processes))
+        return self.pair().evidence(self.data) + one_sided + by_law - OUTLIER_ODDS * outliers
 
     def pair(self) -> Pair:
         assert self.processes  # noqa: S101
@@ -272,7 +235,7 @@ class _Fit:
                 hyper = Hyperparameters.learn(prior, inputs, values, multipliers, start=start)
                 process = Process(hyper, inputs, values, multipliers)
                 hypers.append(hyper)
-                evidence.append(favour + log_evidence(process, self.complete))
+                evidence.append(favour + log_evidence(process, self.complete) + self._beside(process, place))
             found.append(_weighted(hypers, np.array(evidence)))
         common, difference = found
         self.learned = Learned(common, difference, self.suspecting)
@@ -288,6 +251,8 @@ class _Fit:
         yield smooth[place], SMOOTH_FAVOUR, start
         if self.scale.family:
             yield STRICT[place], STRICT_FAVOUR, None
+            for prior in (EVEN,) if place else self._other_knees():
+                yield prior, SIMPLE_FAVOUR, None
         if self.learned:
             yield rough[place], 0.0, None
             if self.inputs[place].cube.shape[1] == 1:
@@ -296,6 +261,14 @@ class _Fit:
                 yield replace(rough[place], gaussian=True), 0.0, None
             if place and self.scale.cube.product:
                 yield replace(rough[place], turned=self.scale.cube.product), 0.0, None
+
+    def _other_knees(self) -> Iterator[Prior]:
+        """Those that differ from the usual one among the batches of the blocks."""
+        known = self.inputs[0]
+        usual = known.certain[:, law.KNEE_COLUMN]
+        for place, prior in enumerate(OTHER_KNEE):
+            if not np.array_equal(known.doubtful[:, place], usual):
+                yield prior
 
     def settle(self) -> None:
         self._condition()
@@ -319,10 +292,14 @@ class _Fit:
         assert self.learned  # noqa: S101
         learned = (self.learned.common, self.learned.difference)
         targets = self._targets([sum(w * hyper.noise_variance for w, hyper in each) for each in learned])
+        known = {id(each.hyper): each for mixture in self.processes or () for each in mixture.processes}
         common, difference = (
             Mixture(
                 tuple(weight for weight, _ in weighted),
-                tuple(Process(hyper, inputs, values, multipliers) for _, hyper in weighted),
+                tuple(
+                    Process(hyper, inputs, values, multipliers, alike=known.get(id(hyper)))
+                    for _, hyper in weighted
+                ),
             )
             for weighted, inputs, (values, multipliers) in zip(learned, self.inputs, targets, strict=True)
         )
@@ -334,10 +311,7 @@ class _Fit:
         self.expected = [common.mean, difference.mean]
         self._weigh([m.errors(p.values) for m, p in zip((common, difference), self.processes, strict=True)])
         mean, variance = self.known.mean.copy(), self.known.variance.copy()
-        for arm, sign in ((0, 1.0), (1, -1.0)):
-            predicted = common.mean + sign * difference.mean / 2
-            function = common.function + difference.function / 4
-            noise = common.noise + difference.noise / 4
+        for arm, predicted, function, noise in of_arms(common, difference):
             bound, failed = self.bound[:, arm], self.data.failed[:, arm]
             explained = (
                 failed & ((bound - predicted) / np.sqrt(function + noise) > CLIFF) & np.isfinite(bound)
@@ -347,7 +321,23 @@ class _Fit:
                 mean[rows, arm], variance[rows, arm] = one_sided(
                     bound[rows], side, predicted[rows], function[rows], noise
                 )
-        self.known = _Known(mean, variance)
+        self.known = Known(mean, variance)
+
+    def _beside(self, process: Process, place: int) -> float:
+        """What a process says of blocks without a number, with what is known of the other one."""
+        if not self.processes:
+            return 0.0
+        own, other = Moments.of(process), Moments.of(self.processes[1 - place])
+        return self.log_chance_of_no_number(*((other, own) if place else (own, other)))
+
+    def log_chance_of_no_number(self, common: Moments, difference: Moments) -> float:
+        """Log chance of what no number was measured of: capped, it is above the bound, and failed below it or by another cause."""
+        found = 0.0
+        for arm, predicted, function, noise in of_arms(common, difference):
+            above = (predicted - self.bound[:, arm]) / np.sqrt(function + noise)
+            for rows, side in ((self.data.capped[:, arm], 1.0), (self.data.failed[:, arm], -1.0)):
+                found += float(np.log(OTHERWISE + (1 - OTHERWISE) * ndtr(side * above[rows])).sum())
+        return found
 
     def _weigh(self, errors: list[Floats]) -> None:
         """Outliers by the spread of most blocks, as one that is inflated by outliers hides them."""

@@ -4,201 +4,26 @@
 
 `a` has a wide prior, so the law is fitted as by least squares. Drift is what neighbours in time have in common, as a host does
 not forget at once; it is not part of what is predicted. The variances of `b`, of residual, drift and noise, and the length
-scales of the residual are learned, each with a prior of its own, by maximising the posterior. scikit-learn does the learning; added are
-the kernel and the priors. Everything inside is standardised by offset and scale.
-
-The home of scikit-learn in the package.
+scales of the residual are learned, each with a prior of its own, by maximising the posterior (`kernel`). Everything inside is
+standardised by offset and scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, solve_triangular
-from scipy.linalg.lapack import dpotrf, dpotri
-from scipy.optimize import minimize
-from scipy.spatial.distance import cdist
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Kernel
+from scipy.linalg import solve_triangular
 
-Floats = NDArray[np.float64]
+from .kernel import DRIFT_BLOCKS, JITTER, Floats, MapKernel, Turned, drift_covariance, learned
+
 Said = tuple[Floats, Floats]
 """Means and variances."""
-Turned = tuple[int, int, float]
-"""Two columns of the cube and an angle, radians, by which they are turned."""
 
-WIDE = 10.0
-"""Prior standard deviation of a certain term, in standard deviations of the data."""
-JITTER = 1e-8
 FORGOTTEN_BLOCKS = 1e3
-VARIANCES = 4
-BOUNDS = (1e-8, 1e8)
-DRIFT_BLOCKS = 5.0
-"""Over how many blocks a drift is forgotten, by a factor e."""
-START_UP = 2.0
-"""Standard deviation of what a fresh host differs by, over that of drift."""
-STEPS = 25
-"""Of the optimiser, at most: what it gains later is within the priors' width."""
 UNINFORMATIVE = 100.0
 """A multiplier of the noise above which a value has no say in the hyperparameters."""
-
-
-class MapKernel(Kernel):  # type: ignore[misc]  # scikit-learn is not followed by mypy
-    """The covariance of `Inputs.matrix`: linear in some columns, Matern 5/2 (or Gaussian) in others, then of drift and noise.
-
-    One kernel in place of a sum of scikit-learn's, which looks its hyperparameters up by name at every step. Learned are
-    the logarithms of the variances of doubtful columns, residual, drift and noise, and of the length scales. Drift (by the
-    last column but one) and noise (by the last) are of measured values, so they are in no covariance between two sets of places.
-    """
-
-    def __init__(
-        self, certain: slice, doubtful: slice, variances: tuple[float, ...], lengths: tuple[float, ...],
-        turned: Turned | None = None, gaussian: bool = False,
-    ) -> None:  # fmt: skip
-        self.certain, self.doubtful = certain, doubtful
-        self.variances, self.lengths = variances, lengths
-        self.turned, self.gaussian = turned, gaussian
-
-    def axes(self, X: Floats) -> Floats:
-        """Along which the residual has its length scales."""
-        found = X[:, : len(self.lengths)]
-        if self.turned is None:
-            return found
-        left, right, angle = self.turned
-        found = found.copy()
-        along, across = np.cos(angle), np.sin(angle)
-        found[:, left] = along * X[:, left] + across * X[:, right]
-        found[:, right] = along * X[:, right] - across * X[:, left]
-        return found
-
-    @property
-    def theta(self) -> Floats:
-        return np.asarray(np.log([*self.variances, *self.lengths]))
-
-    @theta.setter
-    def theta(self, theta: Floats) -> None:
-        values = tuple(np.exp(theta).tolist())
-        self.variances, self.lengths = values[:VARIANCES], values[VARIANCES:]
-
-    @property
-    def bounds(self) -> Floats:
-        return np.asarray(np.log([BOUNDS] * self.n_dims))
-
-    @property
-    def n_dims(self) -> int:
-        return VARIANCES + len(self.lengths)
-
-    def __call__(self, X: Floats, Y: Floats | None = None, eval_gradient: bool = False) -> Any:  # noqa: ARG002  # never asked
-        of_doubtful, of_residual, of_drift, of_noise = self.variances
-        other = X if Y is None else Y
-        certain = WIDE**2 * (X[:, self.certain] @ other[:, self.certain].T)
-        axes = [self.axes(each) / self.lengths for each in (X, other)]
-        if self.gaussian:
-            covariance = np.exp(-cdist(*axes, "sqeuclidean") / 2)
-        else:
-            root = cdist(*axes)
-            root *= np.sqrt(5)
-            covariance = root * (1 + root / 3)
-            covariance += 1
-            covariance *= np.exp(np.negative(root, out=root), out=root)
-        covariance *= of_residual
-        covariance += certain + of_doubtful * (X[:, self.doubtful] @ other[:, self.doubtful].T)
-        if Y is not None:
-            return covariance
-        drift = of_drift * _drift(X[:, -2] / DRIFT_BLOCKS)
-        return covariance + drift + np.diag(of_noise * X[:, -1])
-
-    def diag(self, X: Floats) -> Floats:
-        """Of the function itself."""
-        of_doubtful, of_residual, _, _ = self.variances
-        certain = WIDE**2 * (X[:, self.certain] ** 2).sum(axis=1)
-        doubtful = of_doubtful * (X[:, self.doubtful] ** 2).sum(axis=1)
-        return np.asarray(certain + doubtful + of_residual)
-
-    def is_stationary(self) -> bool:
-        return False
-
-    def _check_bounds_params(self) -> None:
-        """The priors keep everything from its bounds."""
-
-
-def _drift(order: Floats) -> Floats:
-    """What neighbours in time share, and what wears off after a start."""
-    wears_off = START_UP * np.exp(-order)
-    return np.asarray(np.exp(-np.abs(np.subtract.outer(order, order))) + np.outer(wears_off, wears_off))
-
-
-class _Regressor(GaussianProcessRegressor):  # type: ignore[misc]
-    """Maximises the posterior of the hyperparameters: their logarithms are normal around `kernel`, by `spread`.
-
-    scikit-learn's, but for the likelihood, which is worked out here at once from what does not change with the
-    hyperparameters: in a fraction of the time.
-    """
-
-    def __init__(
-        self, kernel: MapKernel, *, spread: Floats, alpha: float = JITTER, optimizer: Any = None
-    ) -> None:
-        super().__init__(kernel, alpha=alpha, optimizer=optimizer)
-        self.spread = spread
-
-    def fit(self, X: Floats, y: Floats) -> Any:
-        axes = self.kernel.axes(X).T
-        self._squared = np.square(axes[:, :, None] - axes[:, None, :])
-        self._certain = WIDE**2 * (X[:, self.kernel.certain] @ X[:, self.kernel.certain].T)
-        doubtful = X[:, self.kernel.doubtful] @ X[:, self.kernel.doubtful].T
-        self._linear = np.stack([doubtful, _drift(X[:, -2] / DRIFT_BLOCKS), np.diag(X[:, -1])])
-        return super().fit(X, y)
-
-    def log_marginal_likelihood(
-        self, theta: Any = None, eval_gradient: bool = False, clone_kernel: bool = True
-    ) -> Any:
-        if theta is None:
-            return self.log_marginal_likelihood_value_
-        off = (theta - self.kernel.theta) / self.spread
-        if not eval_gradient:
-            return super().log_marginal_likelihood(theta, clone_kernel=clone_kernel) - off @ off / 2
-        found, gradient = self._likelihood(np.exp(theta))
-        return found - off @ off / 2, gradient - off / self.spread
-
-    def _likelihood(self, variances_and_lengths: Floats) -> tuple[float, Floats]:
-        of_doubtful, of_residual, of_drift, of_noise = variances_and_lengths[:VARIANCES]
-        apart = self._squared / np.square(variances_and_lengths[VARIANCES:])[:, None, None]
-        if self.kernel.gaussian:
-            slope = residual = of_residual * np.exp(-apart.sum(axis=0) / 2)
-        else:
-            root = np.sqrt(5 * apart.sum(axis=0))
-            decay = of_residual * np.exp(-root)
-            residual = (1 + root + root**2 / 3) * decay
-            slope = decay * (1 + root) * 5 / 3
-        linear = np.array([of_doubtful, of_drift, of_noise])
-        covariance = self._certain + residual + np.einsum("k,kij->ij", linear, self._linear)
-        covariance[np.diag_indices_from(covariance)] += self.alpha
-        factor, failed = dpotrf(covariance)
-        if failed:
-            return -np.inf, np.zeros_like(variances_and_lengths)
-        weights = cho_solve((factor, False), self.y_train_, check_finite=False)
-        found = -(self.y_train_ @ weights + len(weights) * np.log(2 * np.pi)) / 2
-        upper, _ = dpotri(factor)
-        pull = (np.outer(weights, weights) - np.triu(upper) - np.triu(upper, 1).T) / 2
-        by_doubtful, by_drift, by_noise = linear * np.einsum("kij,ij->k", self._linear, pull)
-        by_length = np.einsum("kij,ij->k", apart, pull * slope)
-        by_residual = (pull * residual).sum()
-        return (
-            float(found - np.log(np.diag(factor)).sum()),
-            np.array([by_doubtful, by_residual, by_drift, by_noise, *by_length]),
-        )
-
-
-def _climb(objective: Callable[..., Any], start: Floats, bounds: Floats) -> tuple[Floats, float]:
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS})
-    return found.x, float(found.fun)
-
-
-# ---- a process ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -241,6 +66,10 @@ class Prior:
     drift_spread: float = 1.0
     noise_spread: float = 0.6  # few values that happen to lie smoothly are no proof of little noise
     length_spread: float = 0.6
+    trusted: tuple[int, ...] = ()
+    """Doubtful columns that are certain."""
+    doubted: tuple[int, ...] = ()
+    """Certain columns that are doubtful."""
     gaussian: bool = False
     """The residual is as smooth as a Gaussian bell, and not only as a Matern 5/2 process."""
     turned: Turned | None = None
@@ -248,10 +77,11 @@ class Prior:
 
     def kernel(self, inputs: Inputs) -> tuple[MapKernel, Floats]:
         """At the medians, and how far each logarithm may go."""
-        cube, certain = inputs.cube.shape[1], inputs.certain.shape[1]
+        cube, certain, doubtful = (each.shape[1] for each in (inputs.cube, inputs.certain, inputs.doubtful))
+        surely = {*range(certain)} - {*self.doubted} | {certain + each for each in self.trusted}
         kernel = MapKernel(
-            slice(cube, cube + certain),
-            slice(cube + certain, -2),
+            tuple(cube + each for each in sorted(surely)),
+            tuple(cube + each for each in range(certain + doubtful) if each not in surely),
             (self.doubtful**2, self.residual**2, self.drift**2, self.noise**2),
             (self.length,) * cube,
             self.turned,
@@ -286,13 +116,11 @@ class Hyperparameters:
         if say.sum() < 2:
             return cls(kernel, offset, scale)
 
-        def climb(objective: Callable[..., Any], own: Floats, bounds: Floats) -> tuple[Floats, float]:
-            return _climb(objective, start.kernel.theta if start else own, bounds)
-
-        regressor = _Regressor(kernel, spread=spread, optimizer=climb)
         rows = inputs.matrix(multipliers, np.arange(len(inputs), dtype=np.float64))
-        regressor.fit(rows[say], (values[say] - offset) / scale)
-        return cls(regressor.kernel_, offset, scale)
+        standardised = (values[say] - offset) / scale
+        return cls(
+            learned(kernel, spread, rows[say], standardised, start.kernel if start else None), offset, scale
+        )
 
 
 def _standard(values: Floats) -> tuple[float, float]:
@@ -314,13 +142,17 @@ class Process:
         values: Floats,
         multipliers: Floats,
         order: Floats | None = None,
+        *,
+        alike: Process | None = None,
     ) -> None:
-        """`order` is when values were measured; left out, one after the other."""
+        """`order` is when values were measured; left out, one after the other. `alike` has the same hyperparameters and inputs."""
         self.hyper, self.inputs, self.values, self.multipliers = hyper, inputs, values, multipliers
         self._order = np.arange(len(inputs), dtype=np.float64) if order is None else order
         self._matrix = inputs.matrix(multipliers, self._order)
-        covariance = hyper.kernel(self._matrix)
-        covariance[np.diag_indices_from(covariance)] += JITTER
+        self._without_noise: Floats = (
+            alike._without_noise if alike else hyper.kernel.without_noise(self._matrix)
+        )
+        covariance = self._without_noise + np.diag(hyper.kernel.variances[3] * multipliers + JITTER)
         self._factor = np.linalg.cholesky(covariance)
         self._whitened = self._solve(self._standardised)
 
@@ -346,7 +178,9 @@ class Process:
     def independent_values(self) -> float:
         """As many values without drift would tell as much of a constant: where a host drifts, neighbours tell the same."""
         of_drift, of_noise = self.hyper.kernel.variances[2:]
-        covariance = of_drift * _drift(self._order / DRIFT_BLOCKS) + np.diag(of_noise * self.multipliers)
+        covariance = of_drift * drift_covariance(self._order / DRIFT_BLOCKS) + np.diag(
+            of_noise * self.multipliers
+        )
         covariance[np.diag_indices_from(covariance)] += JITTER
         return float((of_drift + of_noise) * np.linalg.solve(covariance, np.ones(len(self.values))).sum())
 

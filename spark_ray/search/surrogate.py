@@ -24,9 +24,10 @@ from scipy.special import ndtr, ndtri, stdtrit
 
 from .. import search_spec
 from . import law
+from .blocks import Data
 from .cube import Cube, Floats
 from .feasibility import Bends, Feasibility
-from .pair import DOUBTED, Data, Learned, Pair, learn
+from .pair import DOUBTED, Learned, Pair, learn
 from .process import Inputs, Said
 from .scale import Family, Scale
 
@@ -199,6 +200,18 @@ class Surrogate:
         a = self.pair.scale.bytes_of(common + difference / 2, raw)
         b = self.pair.scale.bytes_of(common - difference / 2, raw)
         return np.minimum(a, self.caps_bytes[0]), np.minimum(b, self.caps_bytes[1])
+
+    def below_cap(self, raw: Floats, latent: Latent) -> Floats:
+        """The chance, (2, n), that a block would find each arm's capacity and not its cap."""
+        (common, difference), (of_common, of_difference) = latent
+        noise = self.pair.common.block_variance + self.pair.difference.block_variance / 4
+        sd = np.sqrt(of_common**2 + of_difference**2 / 4 + noise)
+        found = np.ones((2, len(raw)))
+        for arm, sign in ((0, 1.0), (1, -1.0)):
+            if np.isfinite(self.caps_bytes[arm]):
+                cap = self.pair.scale.of_bytes(np.full((len(raw), 1), self.caps_bytes[arm]), raw)[:, 0]
+                found[arm] = ndtr((cap - common - sign * difference / 2) / sd)
+        return found
 
     def contrast(self, a: Floats, b: Floats) -> Floats:
         """1 - b / a; of less than was ever measured, and than a hundredth of the most, there is no telling: feasibility decides."""
