@@ -54,10 +54,10 @@ OTHER_KNEE = tuple(
 EVEN = replace(STRICT[1], doubted=(1, 2))
 """As strict: arms differ by as much memory everywhere, as they do by what one of them holds already."""
 STRICT_FAVOUR = 3.0
-SIMPLE_FAVOUR = 2.0
 SMOOTH_FAVOUR = 2.0
-"""Natural logs of the odds for hardly any residual, for each variant of that, and for a smooth one, against a rough one, before
-the first block."""
+"""Natural logs of the odds for hardly any residual, and for a smooth one, against a rough one, before the first block."""
+USUAL_SHARE = 0.6
+"""Of the odds for hardly any residual, that of the usual knee, and of a difference that may grow; the others share the rest."""
 PASSES = 3
 NEGLIGIBLE = 0.05
 """The weight below which a process is left out of a mixture."""
@@ -250,9 +250,10 @@ class _Fit:
         smooth, rough = (SMOOTH, ROUGH) if self.scale.family else (PLAIN, PLAIN_ROUGH)
         yield smooth[place], SMOOTH_FAVOUR, start
         if self.scale.family:
-            yield STRICT[place], STRICT_FAVOUR, None
-            for prior in (EVEN,) if place else self._other_knees():
-                yield prior, SIMPLE_FAVOUR, None
+            others = [EVEN] if place else self._other_knees()
+            yield STRICT[place], STRICT_FAVOUR + np.log(USUAL_SHARE if others else 1.0), None
+            for prior in others:
+                yield prior, STRICT_FAVOUR + np.log((1 - USUAL_SHARE) / len(others)), None
         if self.learned:
             yield rough[place], 0.0, None
             if self.inputs[place].cube.shape[1] == 1:
@@ -262,13 +263,15 @@ class _Fit:
             if place and self.scale.cube.product:
                 yield replace(rough[place], turned=self.scale.cube.product), 0.0, None
 
-    def _other_knees(self) -> Iterator[Prior]:
+    def _other_knees(self) -> list[Prior]:
         """Those that differ from the usual one among the batches of the blocks."""
         known = self.inputs[0]
         usual = known.certain[:, law.KNEE_COLUMN]
-        for place, prior in enumerate(OTHER_KNEE):
-            if not np.array_equal(known.doubtful[:, place], usual):
-                yield prior
+        return [
+            prior
+            for place, prior in enumerate(OTHER_KNEE)
+            if not np.array_equal(known.doubtful[:, place], usual)
+        ]
 
     def settle(self) -> None:
         self._condition()
