@@ -9,8 +9,8 @@ The weight is the density at the level that is asked about (targeted mean square
 place is near the level or little known. What is wished besides, capacities and each arm's boundary, enters with shares;
 each term is relative to what is left of it. Of the least capacity with which arms start, a block says only on which side of it
 it lies: what that takes away is expected over both answers (`Feasibility.level_told`). A block that was measured before is
-a candidate like any: where noise and not ignorance is what limits the map, it is chosen again. Only where an arm failed there
-is no hope that it tells more.
+a candidate like any: where noise and not ignorance is what limits the map, it is chosen again. Only where an arm failed, or met
+its cap, there is little hope that it tells more.
 
 Not all blocks are the model's to choose, as a model cannot see what it does not expect. The first ones fill the space
 evenly; every other of the following ones, and later one in four, closes the widest gap between all blocks (`filling_point`);
@@ -215,15 +215,26 @@ def _asked(
 
 
 def _hope(model: Surrogate, arm: int, candidates: Floats) -> Floats:
-    """That an arm works by what its nearest blocks did, 0 at one that failed, 1 at one that worked.
+    """That an arm works.
 
     Where two causes may explain a failure neither is sure, and so would the next one there not be, for ever.
     """
-    failed, unit = model.failed[:, arm], model.cube.unit
-    if not failed.any() or failed.all():
+    return _unlike(model, candidates, model.failed[:, arm])
+
+
+def _below_cap(model: Surrogate, arm: int, candidates: Floats, latent: Latent) -> Floats:
+    """That a block finds an arm's capacity and not its cap; by what its neighbours did where caps differ."""
+    if np.isfinite(model.caps_bytes[arm]):
+        return model.below_cap(arm, candidates, latent)
+    return _unlike(model, candidates, model.capped[:, arm])
+
+
+def _unlike(model: Surrogate, candidates: Floats, blocks: NDArray[np.bool_]) -> Floats:
+    """0 at one of these blocks and 1 at any other, by the nearest of both."""
+    if not blocks.any() or blocks.all():
         return np.ones(len(candidates))
-    known = unit(model.pair.raw[: len(failed)])
-    away, near = (cdist(unit(candidates), known[each]).min(axis=1) for each in (failed, ~failed))
+    unit, known = model.cube.unit(candidates), model.cube.unit(model.pair.raw[: len(blocks)])
+    away, near = (cdist(unit, known[each]).min(axis=1) for each in (blocks, ~blocks))
     return np.asarray(away / np.maximum(away + near, NOTHING))
 
 
@@ -279,9 +290,9 @@ class _Reductions:
         said = model.predict(candidates, latent)
         means, sds = model.moments(candidates, latent, noise=True)
         hope = _hope(model, 0, candidates), _hope(model, 1, candidates)
-        uncapped = model.below_cap(candidates, latent)
-        either = np.maximum(said.feasible_a * hope[0] * uncapped[0], said.feasible_b * hope[1] * uncapped[1])
-        works = either, said.feasible_both * np.minimum(*hope) * uncapped.prod(axis=0)
+        below = _below_cap(model, 0, candidates, latent), _below_cap(model, 1, candidates, latent)
+        either = np.maximum(said.feasible_a * hope[0] * below[0], said.feasible_b * hope[1] * below[1])
+        works = either, said.feasible_both * np.minimum(*hope) * np.minimum(*below)
         return cls(model, places, common, difference, works, hope, ((means[0], sds[0]), (means[1], sds[1])))
 
     @cached_property

@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 class Data:
     raw: Floats
     kv_bytes: Floats  # NaN: no capacity
-    capped: NDArray[np.bool_]
+    capped: Mask
     one_level: bool = True  # both arms need the same least capacity
 
     @property

@@ -249,19 +249,22 @@ def _bends(inputs: Inputs) -> list[tuple[float, Hyperparameters]]:
 def _settled(hyper: Hyperparameters, inputs: Inputs, sides: Floats) -> Process:
     """Expectation propagation, all sides at once."""
     precision, shift = np.zeros(len(sides)), np.zeros(len(sides))
+    process = _process(hyper, inputs, precision, shift)
     for _ in range(PASSES):
-        process = _process(hyper, inputs, precision, shift)
         said = Moments.of(process)
         mean, variance = one_sided(0.0, sides, said.mean, said.function, hyper.noise_variance)
         own = 1 / (variance + hyper.noise_variance)
         precision += DAMPING * (own - precision)
         shift += DAMPING * (own * mean - shift)
-    return _process(hyper, inputs, precision, shift)
+        process = _process(hyper, inputs, precision, shift, process)
+    return process
 
 
-def _process(hyper: Hyperparameters, inputs: Inputs, precision: Floats, shift: Floats) -> Process:
+def _process(
+    hyper: Hyperparameters, inputs: Inputs, precision: Floats, shift: Floats, alike: Process | None = None
+) -> Process:
     known = np.maximum(precision, 1e-6)
-    return Process(hyper, inputs, shift / known, 1 / known / hyper.noise_variance)
+    return Process(hyper, inputs, shift / known, 1 / known / hyper.noise_variance, alike=alike)
 
 
 def _evidence(process: Process, sides: Floats) -> float:

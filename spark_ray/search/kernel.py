@@ -1,6 +1,6 @@
 """The covariance of a process, and how its hyperparameters are learned.
 
-scikit-learn does the learning; added are the kernel, the priors, and a likelihood that is worked out at once.
+scikit-learn does the learning; added are the kernel, the density of a prior, and a likelihood that is worked out at once.
 
 The home of scikit-learn in the package.
 """

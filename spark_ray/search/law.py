@@ -42,7 +42,7 @@ def basis(family: Family, configurations: Floats) -> Floats:
 
 
 def capacity_terms(family: Family, configurations: Floats) -> Floats:
-    """The columns of KV per gain that the law is sure of; the first one is constant."""
+    """The columns of KV per gain that the law is sure of, with the usual knee; the first one is constant."""
     batch, tokens, fraction = configurations.T
     terms = [np.ones(len(batch)), tokens, np.minimum(batch, KNEE)]
     return np.column_stack(terms if family == "memfree" else [*terms, fraction])

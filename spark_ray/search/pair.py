@@ -10,6 +10,9 @@ Not every arm of a block has a number. One at a cap has *at least* the cap and o
 one-sided information, which enters as the Gaussian of the same effect (expectation propagation with a probit site, Minka 2001).
 An arm without any is filled in from the other and what is known of the difference. A block that all the others contradict
 counts less, by a multiple of its noise.
+
+Each of both is learned under several priors (`Prior`), among which the blocks choose: hardly more than a law, with one knee or another,
+growing or even; a law and a smooth residual; a rough one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from scipy.special import ndtr
 
 from . import law
 from .blocks import Data, Known, Mask, of_arms
-from .cube import Floats
+from .kernel import Floats
 from .mixture import UNKNOWN, Mixture, Moments, one_sided
 from .process import Hyperparameters, Prior, Process
 from .robust import outlying
@@ -77,7 +80,7 @@ OUTLYING = 3.0
 """Robust standard deviations from what the others predict, beyond which a block counts less."""
 MOST_NOISE = 1e6
 OTHERWISE = 0.02
-"""The chance that an arm fails, or seems to be capped, whatever memory is predicted."""
+"""The chance that an arm seems to be capped, whatever capacity is predicted."""
 CLIFF = -3.0
 """Standard deviations beyond which a failure contradicts the predicted capacity: it has another cause."""
 
@@ -160,7 +163,7 @@ class Pair:
 
 
 def learn(scales: Sequence[Scale], data: Data) -> tuple[Learned, Pair]:
-    """Each scale in turn; kept is the one under which the blocks predict each other best.
+    """Each scale in turn; kept is the one under which the blocks predict each other, and caps, best.
 
     Hyperparameters are learned twice: the first ones tell which blocks are outliers, the second ones disregard those. Where
     several blocks are off, the first ones were misled by them; so what a robust fit of the law suspects is tried as well.
@@ -216,8 +219,8 @@ class _Fit:
         outliers = int((self.doubt[self.complete] > DOUBTED).sum())
         by_law = LAW_FAVOUR * (self.scale.family is not None)
         assert self.processes  # noqa: S101
-        one_sided = self.log_chance_of_no_number(*map(Moments.of, self.processes))
-        return self.pair().evidence(self.data) + one_sided + by_law - OUTLIER_ODDS * outliers
+        of_caps = self.log_chance_of_caps(*map(Moments.of, self.processes))
+        return self.pair().evidence(self.data) + of_caps + by_law - OUTLIER_ODDS * outliers
 
     def pair(self) -> Pair:
         assert self.processes  # noqa: S101
@@ -235,7 +238,9 @@ class _Fit:
                 hyper = Hyperparameters.learn(prior, inputs, values, multipliers, start=start)
                 process = Process(hyper, inputs, values, multipliers)
                 hypers.append(hyper)
-                evidence.append(favour + log_evidence(process, self.complete) + self._beside(process, place))
+                evidence.append(
+                    favour + log_evidence(process, self.complete) + self._foresees_caps(process, place)
+                )
             found.append(_weighted(hypers, np.array(evidence)))
         common, difference = found
         self.learned = Learned(common, difference, self.suspecting)
@@ -250,7 +255,7 @@ class _Fit:
         smooth, rough = (SMOOTH, ROUGH) if self.scale.family else (PLAIN, PLAIN_ROUGH)
         yield smooth[place], SMOOTH_FAVOUR, start
         if self.scale.family:
-            others = [EVEN] if place else self._other_knees()
+            others = self._simple_differences() if place else self._other_knees()
             yield STRICT[place], STRICT_FAVOUR + np.log(USUAL_SHARE if others else 1.0), None
             for prior in others:
                 yield prior, STRICT_FAVOUR + np.log((1 - USUAL_SHARE) / len(others)), None
@@ -264,14 +269,18 @@ class _Fit:
                 yield replace(rough[place], turned=self.scale.cube.product), 0.0, None
 
     def _other_knees(self) -> list[Prior]:
-        """Those that differ from the usual one among the batches of the blocks."""
-        known = self.inputs[0]
-        usual = known.certain[:, law.KNEE_COLUMN]
-        return [
-            prior
-            for place, prior in enumerate(OTHER_KNEE)
-            if not np.array_equal(known.doubtful[:, place], usual)
-        ]
+        """Those that the blocks can tell from the usual one, and from each other."""
+        batch = self.scale.engine(self.data.raw[self.complete])[:, 0]
+        seen, found = {np.minimum(batch, law.KNEE).tobytes()}, []
+        for prior, knee in zip(OTHER_KNEE, law.OTHER_KNEES, strict=True):
+            column = np.minimum(batch, knee).tobytes()
+            if column not in seen and np.ptp(np.minimum(batch, knee)):
+                found.append(prior)
+            seen.add(column)
+        return found
+
+    def _simple_differences(self) -> list[Prior]:
+        return [EVEN] if self.inputs[1].certain[:, EVEN.doubted].any() else []
 
     def settle(self) -> None:
         self._condition()
@@ -326,20 +335,24 @@ class _Fit:
                 )
         self.known = Known(mean, variance)
 
-    def _beside(self, process: Process, place: int) -> float:
-        """What a process says of blocks without a number, with what is known of the other one."""
+    def _foresees_caps(self, process: Process, place: int) -> float:
+        """As `log_chance_of_caps`, with what is known of the other process."""
         if not self.processes:
             return 0.0
         own, other = Moments.of(process), Moments.of(self.processes[1 - place])
-        return self.log_chance_of_no_number(*((other, own) if place else (own, other)))
+        return self.log_chance_of_caps(*((other, own) if place else (own, other)))
 
-    def log_chance_of_no_number(self, common: Moments, difference: Moments) -> float:
-        """Log chance of what no number was measured of: capped, it is above the bound, and failed below it or by another cause."""
-        found = 0.0
+    def log_chance_of_caps(self, common: Moments, difference: Moments) -> float:
+        """That capped arms have at least their caps: no numbers that other blocks could predict, and yet they tell laws apart.
+
+        Failures do not count: they may have another cause, and a vague law would explain more of them.
+        """
+        capped, found = self.data.capped, 0.0
+        counts = np.where(capped.all(axis=1), 0.5, 1.0)  # what is common to both arms is told once
         for arm, predicted, function, noise in of_arms(common, difference):
-            above = (predicted - self.bound[:, arm]) / np.sqrt(function + noise)
-            for rows, side in ((self.data.capped[:, arm], 1.0), (self.data.failed[:, arm], -1.0)):
-                found += float(np.log(OTHERWISE + (1 - OTHERWISE) * ndtr(side * above[rows])).sum())
+            rows = capped[:, arm]
+            above = ((predicted - self.bound[:, arm]) / np.sqrt(function + noise))[rows]
+            found += float(counts[rows] @ np.log(OTHERWISE + (1 - OTHERWISE) * ndtr(above)))
         return found
 
     def _weigh(self, errors: list[Floats]) -> None:

@@ -2,7 +2,7 @@
 
     value = certain @ a + doubtful @ b + residual(unit cube) + drift(order) + noise
 
-`a` has a wide prior, so the law is fitted as by least squares. Drift is what neighbours in time have in common, as a host does
+`a` has a wide prior, so the law is fitted as by least squares; which columns are certain a prior may say otherwise. Drift is what neighbours in time have in common, as a host does
 not forget at once; it is not part of what is predicted. The variances of `b`, of residual, drift and noise, and the length
 scales of the residual are learned, each with a prior of its own, by maximising the posterior (`kernel`). Everything inside is
 standardised by offset and scale.
@@ -145,7 +145,7 @@ class Process:
         *,
         alike: Process | None = None,
     ) -> None:
-        """`order` is when values were measured; left out, one after the other. `alike` has the same hyperparameters and inputs."""
+        """`order` is when values were measured; left out, one after the other. `alike` has the same hyperparameters, inputs and order."""
         self.hyper, self.inputs, self.values, self.multipliers = hyper, inputs, values, multipliers
         self._order = np.arange(len(inputs), dtype=np.float64) if order is None else order
         self._matrix = inputs.matrix(multipliers, self._order)

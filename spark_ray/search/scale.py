@@ -30,7 +30,7 @@ class Scale:
     family: Family
 
     def gain(self, raw: Floats) -> Floats:
-        return np.ones(len(raw)) if self.family is None else law.gain(self.family, self._engine(raw))
+        return np.ones(len(raw)) if self.family is None else law.gain(self.family, self.engine(raw))
 
     def of_bytes(self, kv_bytes: Floats, raw: Floats) -> Floats:
         if self.family is None:
@@ -60,7 +60,7 @@ class Scale:
         ]
         return Inputs(unit, even[0], even[2]), Inputs(unit, even[1], even[2])
 
-    def _engine(self, raw: Floats) -> Floats:
+    def engine(self, raw: Floats) -> Floats:
         assert self.cube.engine_columns  # noqa: S101  # a family is only chosen where there are
         return raw[:, self.cube.engine_columns]
 
@@ -69,7 +69,7 @@ def _columns(scale: Scale, raw: Floats) -> tuple[Floats, Floats, Floats]:
     if scale.family is None:
         constant = np.ones((len(raw), 1))
         return constant, constant, scale.cube.unit(raw)
-    engine = scale._engine(raw)
+    engine = scale.engine(raw)
     return (
         law.capacity_terms(scale.family, engine),
         law.difference_terms(engine),

@@ -101,6 +101,8 @@ class Surrogate:
     """The smallest and the largest capacity that was measured."""
     failed: NDArray[np.bool_]
     """Which arm had no capacity in which of the blocks that were measured, (blocks, 2)."""
+    capped: NDArray[np.bool_]
+    """And which met a cap."""
     one_level: bool
     """Whether the least capacity is the same for both arms, as one sequence is: not so if something else was measured."""
     feasibility: tuple[Feasibility, ...]
@@ -201,17 +203,13 @@ class Surrogate:
         b = self.pair.scale.bytes_of(common - difference / 2, raw)
         return np.minimum(a, self.caps_bytes[0]), np.minimum(b, self.caps_bytes[1])
 
-    def below_cap(self, raw: Floats, latent: Latent) -> Floats:
-        """The chance, (2, n), that a block would find each arm's capacity and not its cap."""
+    def below_cap(self, arm: int, raw: Floats, latent: Latent) -> Floats:
+        """The chance that a block would find an arm's capacity and not its cap, which is known."""
         (common, difference), (of_common, of_difference) = latent
         noise = self.pair.common.block_variance + self.pair.difference.block_variance / 4
-        sd = np.sqrt(of_common**2 + of_difference**2 / 4 + noise)
-        found = np.ones((2, len(raw)))
-        for arm, sign in ((0, 1.0), (1, -1.0)):
-            if np.isfinite(self.caps_bytes[arm]):
-                cap = self.pair.scale.of_bytes(np.full((len(raw), 1), self.caps_bytes[arm]), raw)[:, 0]
-                found[arm] = ndtr((cap - common - sign * difference / 2) / sd)
-        return found
+        cap = self.pair.scale.of_bytes(np.full((len(raw), 1), self.caps_bytes[arm]), raw)[:, 0]
+        mean = common + (1, -1)[arm] * difference / 2
+        return np.asarray(ndtr((cap - mean) / np.sqrt(of_common**2 + of_difference**2 / 4 + noise)))
 
     def contrast(self, a: Floats, b: Floats) -> Floats:
         """1 - b / a; of less than was ever measured, and than a hundredth of the most, there is no telling: feasibility decides."""
@@ -279,7 +277,7 @@ def _learn(cube: Cube, rows: tuple[Row, ...], with_law: bool) -> _Learned:
 def _assemble(cube: Cube, seed: int, data: Data, pair: Pair, cliffs: _Cliffs) -> Surrogate:
     measured = float(np.nanmin(data.kv_bytes)), float(np.nanmax(data.kv_bytes))
     found = Surrogate(
-        cube, seed, len(data.raw), pair, (_cap(data, 0), _cap(data, 1)), _widening(pair), measured, data.failed,
+        cube, seed, len(data.raw), pair, (_cap(data, 0), _cap(data, 1)), _widening(pair), measured, data.failed, data.capped,
         data.one_level, (),
     )  # fmt: skip
     mean, sd = found.moments(data.raw, found.latent(data.raw), noise=True)
