@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from test_surrogate import CUBE, ELSEWHERE, SPACE, fit, memfree, no_law
+from test_surrogate import CUBE, ELSEWHERE, GIB, SPACE, fit, measure, memfree, no_law
 
 from spark_ray.search import acquire
+from spark_ray.search.surrogate import Surrogate
 from spark_ray.search.target import Target
 
 
@@ -94,8 +97,22 @@ def test_beyond_both_caps_a_block_tells_nothing_and_is_not_asked():
     free = memfree(ELSEWHERE)
     worth = acquire.gain(surrogate, Target(), ELSEWHERE, CUBE.filling(256, 0))
     assert worth[(free > 26).all(axis=1)].max() < 0.05 * worth.max()
-    latent = surrogate.latent(ELSEWHERE)
-    below = surrogate.below_cap(ELSEWHERE, latent)
-    assert below[free.T < 17].min() > 0.9
-    assert below[free.T > 24].max() < 0.1
-    assert (fit(blocks=16).below_cap(ELSEWHERE, latent) == 1).all()
+    below = [surrogate.below_cap(arm, ELSEWHERE, surrogate.latent(ELSEWHERE)) for arm in (0, 1)]
+    assert np.stack(below)[free.T < 17].min() > 0.9
+    assert np.stack(below)[free.T > 24].max() < 0.1
+
+
+def test_where_caps_differ_neighbours_say_what_is_capped():
+    """As where the cap itself is searched: no one capacity is never exceeded."""
+    raw = CUBE.filling(24, 3)
+    told = [
+        replace(each, kv=tuple(min(kv, cap) for kv in each.kv), capped=tuple(kv > cap for kv in each.kv))
+        for each, cap in zip(measure(memfree, raw), np.where(raw[:, 1] > 3000, 23, 25) * GIB, strict=True)
+    ]
+    surrogate = Surrogate.fit(SPACE, told, seed=3)
+    assert np.isinf(surrogate.caps_bytes).all()
+    both = np.array([all(each.capped) for each in told])
+    worth = acquire.gain(surrogate, Target(), raw, CUBE.filling(256, 0))
+    assert worth[both].max() < 0.1 * worth.max()
+    asked = acquire.next_points(surrogate, SPACE, Target(), 8, [], 3)
+    assert (memfree(CUBE.raw(asked)).min(axis=1) > 27).sum() <= 2  # those that fill the space
