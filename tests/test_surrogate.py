@@ -308,7 +308,7 @@ def test_which_knee_an_engine_has_is_learned(place):
         return raw[:, 2:] * np.stack([free, free - more_gib(raw)], axis=1)
 
     surrogate = fit(machine, 32)
-    assert weight(surrogate.pair.common, OTHER_KNEE[place]) > 0.9
+    assert weight(surrogate.pair.common, OTHER_KNEE[place]) > 0.6
     assert np.median(errors(surrogate, machine)[0]) < 0.004
 
 
