@@ -648,6 +648,11 @@ def test_the_end_is_when_the_processes_are_gone():
         daemon.stdin.close()
 
 
+def test_a_process_that_is_seen_before_and_after_its_exec_is_one():
+    assert len({api.Child(7, "1234", "python"), api.Child(7, "1234", "trtllm-worker")}) == 1
+    assert len({api.Child(7, "1234", "python"), api.Child(7, "1235", "python")}) == 2
+
+
 @pytest.mark.process
 def test_a_process_that_does_not_end_is_ended_and_named(monkeypatch):
     monkeypatch.setattr(api, "SHUTDOWN_S", 0.1)

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -265,7 +265,7 @@ _STAYING_MODULES = ("multiprocessing.resource_tracker", "multiprocessing.forkser
 class Child:
     pid: int
     started: str  # ticks since boot: with the pid it names a process for good
-    name: str
+    name: str = field(compare=False)  # another one before its exec
 
     @property
     def gone(self) -> bool:
