@@ -47,18 +47,20 @@ class LoadedExperiment:
     """Plain data of the file with the overrides in it, and paths absolute."""
     allowed_roots: tuple[Path, ...]
     """Folders that the file may name."""
+    base: Path
+    """The folder from which relative paths are meant, absolute."""
 
 
 def load_experiment(
-    path: Path, overrides: Sequence[str] = (), allow_roots: Iterable[str | Path] = ()
+    path: Path, overrides: Sequence[str] = (), allow_roots: Iterable[str | Path] = (), base: Path = Path()
 ) -> LoadedExperiment:
-    """Read an experiment. `overrides` are `key.path=value`, the value written as in YAML."""
+    """Read an experiment. `overrides` are `key.path=value`, as in YAML; relative paths are meant from `base`."""
     text = _read(path)
     document = _parse(text, path)
     for order, override in enumerate(overrides):
         _override(document, override, order)
     allowed = roots.allowed(path, allow_roots)
-    _confine(document, allowed)
+    _confine(document, allowed, base)
     try:
         experiment = Experiment.model_validate(document.data)
     except ValidationError as error:
@@ -66,7 +68,7 @@ def load_experiment(
             document.complain(*problem)
         raise document.error() from None
     document.refuse_problems()
-    return LoadedExperiment(experiment, text, tuple(overrides), document.data, allowed)
+    return LoadedExperiment(experiment, text, tuple(overrides), document.data, allowed, base.absolute())
 
 
 # ---- paths ------------------------------------------------------------------------------------------------
@@ -83,12 +85,12 @@ def _paths(document: Document) -> Iterator[KeyPath]:
             yield path
 
 
-def _confine(document: Document, allowed: Sequence[Path]) -> None:
+def _confine(document: Document, allowed: Sequence[Path], base: Path) -> None:
     """Make paths absolute; those of the file must be in an allowed folder, those of --set are the user's own word."""
     for path in _paths(document):
         written = document.at(*path)
         try:
-            found = roots.real(written)
+            found = roots.real(written, base)
         except ValueError:
             document.complain(path, f"cannot be a path: got {show(written)}")
             continue
@@ -278,11 +280,7 @@ def _compose(text: str, at_line: Callable[[int], Place]) -> yaml.Node | None:
         raise InputError(f"{place.where}: not YAML: the character {chr(error.character)!a}") from None
     except RecursionError:
         raise InputError(f"{at_line(1).where}: not YAML: deeper than {MAX_DEPTH} levels") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # some malformed escapes leave PyYAML as these
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # what malformed escapes leave PyYAML as
         raise InputError(f"{at_line(1).where}: not YAML: {error}") from None
 
 

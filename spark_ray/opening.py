@@ -58,6 +58,7 @@ def begin(
         "experiment": loaded.resolved,
         "overrides": list(loaded.overrides),
         "allowed_roots": [str(root) for root in loaded.allowed_roots],
+        "begun_in": str(loaded.base),
         "arms": list(plan.executed),
         "executed_as": _executed_as(plan),
         "left_out": {
@@ -112,8 +113,8 @@ def again(folder: Path, loaded: LoadedExperiment, plan: Preview) -> Store:
             mend="mend the host (see the plan above), or start a new run",
         )
     _refuse_other_treatments(stored, plan)
-    asked = {"experiment": loaded.resolved, "overrides": list(loaded.overrides)}
-    if json.dumps(asked) != json.dumps({key: stored[key] for key in asked}):
+    asked = {"experiment": loaded.resolved, "overrides": list(loaded.overrides), "begun_in": str(loaded.base)}
+    if json.dumps(asked) != json.dumps({key: stored.get(key) for key in asked}):
         store.replan(stored | asked)
     return store
 

@@ -28,10 +28,16 @@ from .errors import InputError, UnavailableError
 from .experiment import Experiment
 from .plan import arm_order
 from .rootact import RootActs
-from .search import GP_MEND
+from .search import GP_MEND, attainable
 from .search import problems as search_problems
 from .units import format_bytes
 from .worker import observe
+
+
+def in_force(experiment: Experiment, noise: power.Noise | None) -> Experiment:
+    """As it is executed: its margin at least the noise floor, and no more blocks than a grid has."""
+    found = power.in_force(experiment, noise)
+    return found.model_copy(update={"search": attainable(found.search)})
 
 
 @dataclass(frozen=True)

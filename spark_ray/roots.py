@@ -23,9 +23,9 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def real(text: str | Path) -> Path:
-    """Absolute, from the current folder, with ~/ and links resolved. ValueError if it cannot be a path."""
-    return Path(os.path.realpath(os.path.expanduser(text)))  # noqa: PTH111  Path's own raises for ~nobody
+def real(text: str | Path, base: Path = Path()) -> Path:
+    """Absolute, from `base` or the current folder, with ~/ and links resolved. ValueError if it cannot be a path."""
+    return Path(os.path.realpath(base / os.path.expanduser(text)))  # noqa: PTH111  Path's own raises for ~nobody
 
 
 def allowed(file: Path, extra: Iterable[str | Path] = ()) -> tuple[Path, ...]:

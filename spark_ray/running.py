@@ -24,7 +24,7 @@ from .environment_spec import DockerEnvironment
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES, InputError, RunError
 from .execute import LocalSlots
 from .experiment import Experiment
-from .preview import Preview, preview, probe
+from .preview import Preview, in_force, preview, probe
 from .store import PLAN, Store
 from .terminal import Terminal, show_lacking, show_plan, show_summary
 
@@ -96,10 +96,10 @@ class Planned:
         return self.loaded.experiment.name
 
 
-def _allow_roots(path: Path, options: Options) -> list[str | Path]:
-    """--allow-root; a run that is resumed by its own file keeps the folders it was begun with."""
-    own = options.resume and path.with_name(PLAN).is_file()
-    return [*options.allow_roots, *(Store.read(path.parent).plan.get("allowed_roots", ()) if own else ())]
+def _folders(path: Path, options: Options) -> tuple[list[str | Path], Path]:
+    """--allow-root, and the present folder; a run that is resumed by its own file keeps those it was begun with."""
+    begun = Store.read(path.parent).plan if options.resume and path.with_name(PLAN).is_file() else {}
+    return [*options.allow_roots, *begun.get("allowed_roots", ())], Path(begun.get("begun_in", ""))
 
 
 def look(
@@ -109,7 +109,7 @@ def look(
     folder_of: Callable[[str], Path] | None = None,
 ) -> Planned:
     """`folder_of` an experiment's name, where its run is; left out, what --out says."""
-    loaded = config.load_experiment(path, overrides, _allow_roots(path, options))
+    loaded = config.load_experiment(path, overrides, *_folders(path, options))
     if (options.address or options.cluster) and orchestrator.named(
         loaded.experiment, list(loaded.experiment.arms)
     ):
@@ -135,7 +135,7 @@ def look_at(loaded: config.LoadedExperiment, options: Options, folder: Path, clu
         noise = power.of_plan(begun)
     elif pilot is not None:
         noise = power.of_pilot(Path(pilot), loaded.experiment)
-    experiment = power.in_force(loaded.experiment, noise)
+    experiment = in_force(loaded.experiment, noise)
     plan = preview(experiment, cluster, probe(experiment), noise)
     return Planned(
         replace(loaded, experiment=experiment), plan.limited_to(begun["arms"]) if begun else plan, folder

@@ -34,6 +34,7 @@ from .running import (
     execute,
     look,
 )
+from .search import attainable
 from .store import PLAN, Store
 from .terminal import show_lacking, show_overview, show_plan
 
@@ -76,7 +77,7 @@ def standing(store: Store) -> dict[str, Any]:
     counted = [record for record in records if record["attempt"] == latest[record["block_id"]]]
     return {
         "simulated": store.plan["experiment"]["engine"]["kind"] == "simulated",
-        "blocks": store.plan["experiment"]["search"].get("blocks", 16),
+        "blocks": attainable(power.experiment_of(store.plan).search).blocks,
         "complete": sum(state.complete for state in states),
         "outcomes": dict(sorted(Counter(record["outcome"]["kind"] for record in counted).items())),
         "superseded_attempts": len(records) - len(counted),

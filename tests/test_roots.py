@@ -156,6 +156,37 @@ def test_a_resumed_run_keeps_the_folders_it_was_begun_with(tmp_path, away):
         look(tmp_path / "run" / "experiment.yaml", (), Options())
 
 
+def test_a_run_that_is_resumed_elsewhere_finds_what_it_was_begun_with(tmp_path, away, monkeypatch):
+    """Relative paths, of the file and typed, are meant from where the run was begun: the same bytes there and here."""
+    yaml = path_yaml(tmp_path / "yaml", model="models/a")
+    (here := tmp_path / "here" / "models" / "a").mkdir(parents=True)
+    planned = look(yaml, (), Options(out=tmp_path / "run"))
+    assert planned.loaded.resolved["model"]["path"] == str(here)
+    typed = look(yaml, ("model.path=models/b",), Options(out=tmp_path / "typed"))
+    for each in planned, typed:
+        opening.begin(each.folder, each.loaded, each.plan, cluster=None, executor="local").close()
+    monkeypatch.chdir(away)
+    for each in planned, typed:
+        stored = Store.read(each.folder).plan
+        again = look(
+            each.folder / "experiment.yaml", tuple(stored["overrides"]), Options(out=each.folder, resume=True)
+        )
+        assert again.loaded.resolved == each.loaded.resolved
+        opening.again(each.folder, again.loaded, again.plan).close()
+        assert Store.read(each.folder).plan == stored, "and so the next time"
+    monkeypatch.chdir(tmp_path)  # by the experiment's own file: typed anew, from here
+    again = look(yaml, ("model.path=here/models/b",), Options(out=typed.folder, resume=True))
+    opening.again(typed.folder, again.loaded, again.plan).close()
+    monkeypatch.chdir(away)
+    assert Store.read(typed.folder).plan["begun_in"] == str(tmp_path)
+    last = look(
+        typed.folder / "experiment.yaml",
+        ("model.path=here/models/b",),
+        Options(out=typed.folder, resume=True),
+    )
+    assert last.loaded.resolved == typed.loaded.resolved
+
+
 @pytest.mark.parametrize(
     "words", [["-m", "spark_ray.sweep", "--plan"], ["-m", "spark_ray", "plan"], ["-m", "spark_ray", "doctor"]]
 )

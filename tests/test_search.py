@@ -7,7 +7,7 @@ import pytest
 
 from spark_ray import search_spec
 from spark_ray.errors import RunError, UnavailableError
-from spark_ray.search import Abandoned, Proposal, Search, cost, design, problems
+from spark_ray.search import Abandoned, Proposal, Search, attainable, cost, design, problems
 from spark_ray.search.space import axes, measured
 
 needs_torch = pytest.mark.skipif(
@@ -251,6 +251,22 @@ def test_grid_covers_once_over_restarts(tmp_path):
         study.tell(proposal.study_trial, contrast=1.0, constraints=OK)
     assert len(asked) == 12
     assert set(asked) == {point(p) for p in design(plan("grid", SMALL), 7)}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "repetitions", "most"), [(100, 1, 12), (100, 2, 24), (12, 1, 12), (5, 2, 5)]
+)
+def test_a_grid_has_no_more_blocks_than_it_can_fill(tmp_path, blocks, repetitions, most):
+    search = plan("grid", SMALL, blocks=blocks, repetitions=repetitions)
+    assert attainable(search).blocks == most
+    study, asked = open_search(tmp_path, attainable(search)), 0
+    while asked < blocks and (proposal := study.ask()) is not None:
+        study.tell(proposal.study_trial, contrast=1.0, constraints=OK)
+        asked += 1
+    assert asked == most
+    assert attainable(search_spec.Search(space=search.space, blocks=blocks)).blocks == blocks, (
+        "qmc does not end"
+    )
 
 
 @pytest.mark.parametrize("sampler", [each for each in SAMPLERS if each != "map"])

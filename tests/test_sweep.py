@@ -285,6 +285,27 @@ def test_a_budget_of_blocks_or_time_pauses_and_resume_does_the_rest(tmp_path):
 
 
 @pytest.mark.process
+def test_a_grid_is_counted_with_the_blocks_it_has(tmp_path):
+    data = experiment_data(blocks=40)
+    data["search"] |= {"sampler": "grid", "repetitions": 2}
+    data["search"]["space"]["max_batch_size"] = 8
+    data["search"]["space"]["memory_fraction"] = 0.2
+    path, folder = write_yaml(tmp_path, data), tmp_path / "run"
+    planned = run(path, "--plan")
+    assert "grid, 2 blocks x 2 arms" in planned.stdout, planned.stdout
+    assert "40" not in planned.stdout
+    assert run_without_report(path, "--out", folder).returncode == 0
+    standing = subprocess.run(
+        [sys.executable, "-m", "spark_ray", "status", str(folder), "--json"],
+        capture_output=True, text=True, timeout=600, check=True,
+    )  # fmt: skip
+    assert (json.loads(standing.stdout)["blocks"], json.loads(standing.stdout)["complete"]) == (2, 2)
+    again = run_without_report(path, "--out", folder, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "preparing" not in again.stdout + again.stderr, "nothing is missing"
+
+
+@pytest.mark.process
 def test_a_run_moved_elsewhere_is_reported_there(tmp_path):
     path = write_yaml(tmp_path, experiment_data(blocks=1))
     done = run_without_report(path, "--out", tmp_path / "run")

@@ -66,6 +66,14 @@ def design(search: search_spec.Search, seed: int) -> Iterator[Configuration] | N
             return None
 
 
+def attainable(search: search_spec.Search) -> search_spec.Search:
+    """With as many blocks as there can be: a grid may have fewer than were asked for."""
+    if search.sampler != "grid":
+        return search
+    configurations = sum(1 for _ in _grid(search.space, seed=0))
+    return search.model_copy(update={"blocks": min(search.blocks, configurations * search.repetitions)})
+
+
 def adaptive(
     search: search_spec.Search, seed: int, index: int, history: Sequence[FrozenTrial]
 ) -> Configuration:
