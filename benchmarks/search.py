@@ -66,15 +66,13 @@ class Method:
     slots: int = 1
     stops: bool = False  # by itself: a cell then goes on until it would have
     only: tuple[str, ...] = ()  # landscapes; none named: all
-    in_three: int | None = (
-        None  # seeds in three dimensions, where a cell takes long; nulls have all: ten tell no rate of 5 %
-    )
+    in_three: int | None = None  # seeds in three dimensions, where a cell takes long
 
     def seeds_on(self, landscape: str) -> int:
         dimension = len(landscapes.make(landscape, FIRST_SEED).searched)
         if dimension not in self.dimensions or (self.only and landscape not in self.only):
             return 0
-        fewer = dimension == 3 and landscape not in search_tables.NULLS
+        fewer = dimension == 3 and landscape not in search_tables.NULLS  # ten seeds tell no rate of 5 %
         return self.in_three if self.in_three and fewer else self.seeds
 
     def explores(self, landscape: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from spark_ray import search_spec
 from spark_ray.errors import RunError, UnavailableError
 from spark_ray.search import Abandoned, Proposal, Search, attainable, cost, design, problems
+from spark_ray.search import space as space_module
 from spark_ray.search.space import axes, measured
 
 needs_torch = pytest.mark.skipif(
@@ -267,6 +268,14 @@ def test_a_grid_has_no_more_blocks_than_it_can_fill(tmp_path, blocks, repetition
     assert attainable(search_spec.Search(space=search.space, blocks=blocks)).blocks == blocks, (
         "qmc does not end"
     )
+
+
+def test_a_grid_too_large_to_be_counted_is_not(monkeypatch):
+    made = []
+    monkeypatch.setattr(space_module, "_runnable", lambda _, each: made.append(each) or each)
+    levels = {"max_batch_size": list(range(1, 2001)), "max_num_tokens": list(range(4096, 6096))}
+    assert attainable(plan("grid", levels | {"memory_fraction": [0.3, 0.5]}, blocks=50)).blocks == 50
+    assert len(made) == 50
 
 
 @pytest.mark.parametrize("sampler", [each for each in SAMPLERS if each != "map"])

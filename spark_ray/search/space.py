@@ -70,8 +70,13 @@ def attainable(search: search_spec.Search) -> search_spec.Search:
     """With as many blocks as there can be: a grid may have fewer than were asked for."""
     if search.sampler != "grid":
         return search
-    configurations = sum(1 for _ in _grid(search.space, seed=0))
-    return search.model_copy(update={"blocks": min(search.blocks, configurations * search.repetitions)})
+    space, names, found = search.space, list(search.space.axes), set()
+    for point in itertools.product(*map(_levels, space.axes.values())):
+        made = _runnable(space, configuration(dict(zip(names, point, strict=True))))
+        found.add(tuple(made.values()))
+        if len(found) * search.repetitions >= search.blocks:  # grids may be too large to be counted
+            return search
+    return search.model_copy(update={"blocks": len(found) * search.repetitions})
 
 
 def adaptive(
